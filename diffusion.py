@@ -1,0 +1,365 @@
+"""The noise process of a diffusion policy, its two samplers, and the policy that uses them.
+
+Implements section 2.1 of the decoupled action head paper (arXiv 2511.12101): 100 timesteps on
+the squared-cosine schedule, noise (epsilon) prediction, clean actions clipped to [-1, 1], and
+the fixed-small variance. Sources of the equations at the lines:
+  Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv 2006.11239 (DDPM)
+  Nichol & Dhariwal 2021, Improved DDPM, arXiv 2102.09672 (the schedule)
+  Song et al. 2021, Denoising Diffusion Implicit Models, arXiv 2010.02502 (DDIM)
+The numbers are those of the library `diffusers`, which the paper's code uses.
+
+Run alone, `python diffusion.py` prints the schedule and what the samplers make of data whose
+perfect denoiser is known in closed form, and saves a picture.
+"""
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def at_timestep(buffer, timestep):
+    """buffer (num_timesteps,), timestep int or (B,) -> entries that broadcast over (B,T,A)."""
+    return buffer[timestep][..., None, None]
+
+
+class DDPM(nn.Module):
+    """The noise process: `add_noise` goes forward, `step` (DDPM) and `ddim_step` go back.
+
+    Timesteps count from 0 (almost clean) to num_timesteps - 1 (almost pure noise); Ho et al.
+    write 1..T. No weights, only float32 buffers (num_timesteps,), which no policy file needs to
+    hold, because num_timesteps gives them. Raises ValueError if num_timesteps < 1.
+    """
+
+    def __init__(self, num_timesteps: int = 100):
+        super().__init__()
+        if num_timesteps < 1:
+            raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
+        self.num_timesteps = num_timesteps
+        # float64, then rounded once: a cumulative product of 1,000 float32 factors drifts.
+        progress = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        f = torch.cos((progress + 0.008) / 1.008 * math.pi / 2) ** 2  # Nichol & Dhariwal, Eq. (17)
+        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)    # f ends at 0, so the last would be 1
+        alphas_cumprod = (1 - betas).cumprod(0)          # Ho, Eq. (4)
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        buffers = {
+            "betas": betas,
+            "alphas_cumprod": alphas_cumprod,
+            "signal_scale": alphas_cumprod.sqrt(),
+            "noise_scale": (1 - alphas_cumprod).sqrt(),
+            # The posterior q(previous | noisy, clean), Ho, Eq. (6)-(7): mean and deviation.
+            "posterior_clean": previous.sqrt() * betas / (1 - alphas_cumprod),
+            "posterior_noisy": (1 - betas).sqrt() * (1 - previous) / (1 - alphas_cumprod),
+            "posterior_std": ((1 - previous) / (1 - alphas_cumprod) * betas).sqrt(),
+        }
+        for name, value in buffers.items():
+            self.register_buffer(name, value.float(), persistent=False)
+
+    def add_noise(self, actions, noise, timesteps):
+        """Ho, Eq. (4): from clean to the given timesteps in one jump, no loop.
+
+        actions in [-1, 1] and noise (standard normal): (B,T,A); timesteps: (B,) long, one for
+        each sample, or an int for all. Returns the noisy actions (B,T,A).
+        """
+        return (at_timestep(self.signal_scale, timesteps) * actions
+                + at_timestep(self.noise_scale, timesteps) * noise)
+
+    def predict_clean(self, predicted_noise, timestep, noisy_actions):
+        """Ho, Eq. (15): `add_noise` solved for the clean actions (B,T,A), clipped to [-1, 1].
+
+        Without the clip the samplers fall apart: at the last timestep signal_scale is 5e-4, so
+        an error in the predicted noise is multiplied by 2,000.
+        """
+        clean = (noisy_actions - at_timestep(self.noise_scale, timestep) * predicted_noise) \
+            / at_timestep(self.signal_scale, timestep)
+        return clean.clamp(-1, 1)
+
+    def step(self, predicted_noise, timestep, noisy_actions, noise):
+        """One step back, timestep -> timestep - 1, drawing from the posterior (Ho, Alg. 2).
+
+        predicted_noise, noisy_actions, noise (standard normal): (B,T,A); timestep: int or (B,)
+        long. Returns the less noisy actions (B,T,A).
+        """
+        clean = self.predict_clean(predicted_noise, timestep, noisy_actions)
+        # TRAP: the last step (timestep 0) must add no noise. Here it needs no `if`: the fixed-small
+        # posterior_std[0] is exactly 0; sqrt(betas), the other choice of Ho, section 3.2, is not.
+        return (at_timestep(self.posterior_clean, timestep) * clean
+                + at_timestep(self.posterior_noisy, timestep) * noisy_actions
+                + at_timestep(self.posterior_std, timestep) * noise)
+
+    def ddim_step(self, predicted_noise, timestep, previous_timestep, noisy_actions):
+        """One deterministic step back, timestep -> previous_timestep (Song, Eq. (12), eta 0).
+
+        predicted_noise, noisy_actions: (B,T,A); timestep, previous_timestep: int, where
+        previous_timestep = -1 means clean. Returns the less noisy actions (B,T,A).
+        """
+        clean = self.predict_clean(predicted_noise, timestep, noisy_actions)
+        if previous_timestep < 0:
+            return clean
+        # As in diffusers, the noise is not re-derived from the clipped clean actions.
+        return self.add_noise(clean, predicted_noise, previous_timestep)
+
+    def timesteps(self, num_steps: int | None = None) -> range:
+        """The timesteps that `sample` visits, in that order (descending, the last one is 0).
+
+        None: all of them. Otherwise num_steps evenly spaced ones, "leading" in diffusers' words:
+        they end at 0 but do not start at the last timestep (100 timesteps, 10 steps: 90, 80, ...,
+        0), so the first step takes pure noise for actions that keep sqrt(0.02) of their signal.
+
+        Raises ValueError if num_steps is not in 1..num_timesteps.
+        """
+        num_steps = self.num_timesteps if num_steps is None else num_steps
+        if not 1 <= num_steps <= self.num_timesteps:
+            raise ValueError(f"num_steps must be in 1..{self.num_timesteps}, got {num_steps}")
+        stride = self.num_timesteps // num_steps
+        return range((num_steps - 1) * stride, -1, -stride)
+
+    @torch.no_grad()
+    def sample(self, denoiser, shape, num_steps: int | None = None, generator=None):
+        """Draw clean actions of `shape` (B,T,A), starting from pure noise.
+
+        denoiser(noisy_actions (B,T,A), timestep (B,) long) -> predicted noise (B,T,A).
+        num_steps None: all timesteps with fresh noise in each (Ho, Alg. 2). An int: DDIM with
+        that many steps, deterministic after the first draw. `generator` must live on the
+        module's device. Raises ValueError as `timesteps` does.
+        """
+        device = self.betas.device
+        timesteps = self.timesteps(num_steps)
+        actions = torch.randn(shape, generator=generator, device=device)
+        for timestep, previous in zip(timesteps, [*timesteps[1:], -1]):
+            predicted = denoiser(actions, torch.full(shape[:1], timestep, device=device))
+            if num_steps is None:
+                noise = torch.randn(shape, generator=generator, device=device)
+                actions = self.step(predicted, timestep, actions, noise)
+            else:
+                actions = self.ddim_step(predicted, timestep, previous, actions)
+        return actions
+
+
+class DiffusionPolicy(nn.Module):
+    """A denoiser of action chunks, conditioned on observations, and how to act with it.
+
+    It has exactly two trainable children, and the paper's claim is about this cut:
+      conditioning   observation encoder and modulation generator (film.py), trained in stage 2
+      backbone       input, timestep encoder, blocks, output (heads.py), frozen in stage 2
+
+        observed            o-1  o0                          To = 2
+        predicted           a-1  a0  a1 ... a7 ... a14       T  = 16
+        executed                 a0  a1 ... a7               Ta = 8, starting at index To - 1
+
+    Outside, actions are absolute targets of the agent in px. Inside, what is denoised is their
+    displacement from the agent's present position, divided by a fixed scale for each horizon step.
+    (The paper denoises absolute poses: `relative=False`. On PushT that learns far more slowly.)
+
+    action_scale: (T,) px, the displacement that becomes 1; larger ones are clipped.
+    sampling_steps: DDIM steps of `act`, or None for the paper's full DDPM sampling.
+    noise_samples: noise draws per observation in `loss`; the observation is encoded only once.
+    loss_steps: horizon steps per noise draw in `loss`. Less than T is for backbones that do not
+    mix time steps: there a random subset has the same gradient in expectation.
+    """
+    FILE_FORMAT = 1
+
+    def __init__(self, conditioning, backbone, action_scale, obs_steps=2, executed_actions=8,
+                 sampling_steps=10, relative=True, noise_samples=1, loss_steps=None):
+        super().__init__()
+        horizon = len(action_scale)
+        if not 1 <= executed_actions <= horizon - obs_steps + 1:
+            raise ValueError(f"executed_actions must be in 1..{horizon - obs_steps + 1} (horizon "
+                             f"{horizon}, {obs_steps} observed), got {executed_actions}")
+        if loss_steps is not None and backbone.mixes_time:
+            raise ValueError(f"loss_steps={loss_steps} needs a backbone that does not mix time "
+                             f"steps; {type(backbone).__name__} does: leave it None")
+        self.config = dict(action_scale=list(action_scale), obs_steps=obs_steps,
+                           executed_actions=executed_actions, sampling_steps=sampling_steps,
+                           relative=relative, noise_samples=noise_samples, loss_steps=loss_steps)
+        self.conditioning, self.backbone, self.ddpm = conditioning, backbone, DDPM()
+        self.obs_steps, self.executed_actions = obs_steps, executed_actions
+        self.sampling_steps, self.relative = sampling_steps, relative
+        self.noise_samples, self.loss_steps = noise_samples, loss_steps
+        self.register_buffer("action_scale", torch.tensor(action_scale).float()[:, None])
+
+    def normalise(self, actions, agent):
+        """Actions (B,T,A) in px, the agent's position (B,A) in px -> what is denoised, in [-1, 1]."""
+        if self.relative:
+            return ((actions - agent[:, None]) / self.action_scale).clamp(-1, 1)
+        return actions / 256 - 1
+
+    def denormalise(self, actions, agent):
+        """The inverse of `normalise`."""
+        if self.relative:
+            return actions * self.action_scale + agent[:, None]
+        return (actions + 1) * 256
+
+    def loss(self, observations, actions, agent=None):
+        """The noise-prediction error, a scalar (Ho, Eq. (14); decoupled action head, eq. 9).
+
+        observations: what the conditioning takes, in stage 2 states (B,To,5); actions (B,T,A) px;
+        agent (B,A) px, by default the agent's position in the last observation.
+        """
+        agent = observations[:, -1, :2] if agent is None else agent
+        clean = self.normalise(actions, agent).repeat_interleave(self.noise_samples, 0)
+        B, T, A = clean.shape
+        timestep = torch.randint(self.ddpm.num_timesteps, (B,), device=clean.device)
+        noise = torch.randn_like(clean)
+        noisy_actions = self.ddpm.add_noise(clean, noise, timestep)
+        subset = {}
+        if self.loss_steps is not None:
+            steps = torch.rand(B, T, device=clean.device).topk(self.loss_steps).indices
+            gather = steps[..., None].expand(-1, -1, A)
+            noisy_actions, noise = noisy_actions.gather(1, gather), noise.gather(1, gather)
+            subset = {"steps": steps}
+        condition = self.conditioning(observations, self.noise_samples)          # trained in stage 2
+        predicted = self.backbone(noisy_actions, timestep, condition, **subset)  # frozen in stage 2
+        return F.mse_loss(predicted, noise)
+
+    @torch.no_grad()
+    def act(self, observations, generator=None):
+        """The next actions: observations (B,To,5) -> agent targets (B,Ta,2) in px.
+
+        Takes a tensor or an array. The observation's half of all modulations is computed once,
+        the timestep's half once per visited timestep: the loop runs the backbone alone.
+        Raises ValueError for another shape or numbers that are not finite.
+        """
+        observations = torch.as_tensor(observations, device=self.action_scale.device).float()
+        if observations.dim() != 3 or observations.shape[1] != self.obs_steps:
+            raise ValueError(f"observations must have shape (B, {self.obs_steps}, 5), "
+                             f"got {tuple(observations.shape)}")
+        if not observations.isfinite().all():
+            raise ValueError("observations must be finite, got NaN or infinity")
+        agent = observations[:, -1, :2]
+        visited = torch.tensor(self.ddpm.timesteps(self.sampling_steps), device=agent.device)
+        observed = self.conditioning.from_observation(observations)
+        timed = self.conditioning.from_time(self.backbone.time_encoder(visited))
+        row = torch.zeros(self.ddpm.num_timesteps, dtype=torch.long, device=agent.device)
+        row[visited] = torch.arange(len(visited), device=agent.device)
+
+        def denoiser(noisy_actions, timestep):     # all of one batch are at the same timestep
+            return self.backbone.denoise(
+                noisy_actions, self.conditioning.combine(observed, timed[row[timestep[:1]]]))
+
+        shape = (len(agent), len(self.action_scale), agent.shape[-1])
+        actions = self.ddpm.sample(denoiser, shape, self.sampling_steps, generator)
+        first = self.obs_steps - 1
+        actions = self.denormalise(actions, agent)[:, first:first + self.executed_actions]
+        return actions.clamp(0, 512)     # the board, in px
+
+    def save(self, path):
+        """Write weights and configuration, all that is needed to act, to one file.
+
+        The file appears under its name only when it is complete.
+        """
+        config = dict(self.config, backbone=self.backbone.config,
+                      conditioning=self.conditioning.config)
+        unfinished = Path(f"{path}.tmp")
+        torch.save({"format": self.FILE_FORMAT, "config": config, "weights": self.state_dict()},
+                   unfinished)
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """A policy from the file of `save`, in evaluation mode.
+
+        Raises ValueError, in one line, for a file that is missing, damaged or of another format.
+        """
+        # Imported here: only the loader needs to know which networks there are.
+        from film import make_conditioning
+        from heads import make_backbone
+        try:
+            saved = torch.load(path, map_location=device, weights_only=True)
+        except FileNotFoundError:
+            raise ValueError(f"no policy file at {path}") from None
+        except Exception as error:     # torch raises many kinds for a damaged file
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{path} is not a readable policy file ({reason[:80]})") from None
+        if not isinstance(saved, dict) or saved.get("format") != cls.FILE_FORMAT:
+            found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
+            raise ValueError(f"{path} has policy format {found}, this code reads {cls.FILE_FORMAT}")
+        try:
+            config = dict(saved["config"])
+            backbone = make_backbone(**config.pop("backbone"))
+            conditioning = make_conditioning(backbone, **config.pop("conditioning"))
+            policy = cls(conditioning, backbone, **config).to(device)
+            policy.load_state_dict(saved["weights"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} does not fit this code ({reason[:80]})") from None
+        return policy.eval()
+
+
+# The lesson ------------------------------------------------------------------------------------
+
+def closed_form_denoiser(ddpm: DDPM, means, std: float):
+    """What a perfect network would learn from data drawn from K equally likely Gaussians.
+
+    means (K,T,A), one `std` for all -> denoiser(noisy_actions, timestep) as `sample` needs it.
+    """
+    def denoiser(noisy_actions, timestep):
+        signal = at_timestep(ddpm.signal_scale, timestep)[..., None]             # (B,1,1,1)
+        noise = at_timestep(ddpm.noise_scale, timestep)[..., None]
+        variance = signal ** 2 * std ** 2 + noise ** 2
+        residual = noisy_actions[:, None] - signal * means                       # (B,K,T,A)
+        which = (-residual ** 2 / (2 * variance)).sum((2, 3), True).softmax(1)   # Bayes, (B,K,1,1)
+        return (which * residual * noise / variance).sum(1)
+    return denoiser
+
+
+def lesson(out: Path):
+    import matplotlib.pyplot as plt
+
+    """Print the schedule and two demonstrations, save out/diffusion.png."""
+    generator = torch.Generator().manual_seed(0)
+    ddpm, shown = DDPM(), [0, 10, 25, 45, 70, 99]
+    print("1. The schedule: noisy_actions = signal * actions + noise * N(0, 1)\n"
+          "   timestep    beta  alphas_cumprod  signal   noise")
+    for t in shown:
+        print(f"   {t:8d} {ddpm.betas[t]:7.4f} {ddpm.alphas_cumprod[t]:15.2e}"
+              f" {ddpm.signal_scale[t]:7.4f} {ddpm.noise_scale[t]:7.4f}")
+
+    mean, std, shape = 0.1, 0.2, (20_000, 4, 2)
+    print(f"2. Data N({mean}, {std}^2), samples {shape} with the perfect denoiser. Even a correct\n"
+          "   sampler narrows the data, and more so in fewer steps:")
+    for num_timesteps, num_steps in [(1000, None), (100, None), (10, None),
+                                     (100, 100), (100, 10), (100, 5)]:
+        process = DDPM(num_timesteps)
+        denoiser = closed_form_denoiser(process, torch.full((1, *shape[1:]), mean), std)
+        samples = process.sample(denoiser, shape, num_steps, generator)
+        print(f"   {'DDIM' if num_steps else 'DDPM'}, {num_timesteps:4d} timesteps,"
+              f" {len(process.timesteps(num_steps)):4d} steps: sd {samples.std():.4f}")
+
+    # A smooth path (T=16, A=2) around an obstacle, and its mirror image: two equally good answers.
+    angle = torch.linspace(0, math.pi, 16)
+    path = torch.stack([0.6 * angle.sin(), 0.8 * angle.cos()], dim=1)
+    paths = torch.stack([path, path * torch.tensor([-1, 1])])                    # (K=2,T,A)
+    denoiser, visited = closed_form_denoiser(ddpm, paths, std=0.02), {}
+
+    def watched(noisy_actions, timestep):
+        visited[int(timestep[0])] = noisy_actions
+        return denoiser(noisy_actions, timestep)
+
+    samples = ddpm.sample(watched, (400, 16, 2), generator=generator)
+    right = samples[..., 0].mean(1) > 0
+    distance = (samples[:, None] - paths).norm(dim=-1).mean(-1).min(1).values
+    print(f"3. Two ways around an obstacle, {len(samples)} samples: {right.sum()} on the right,\n"
+          f"   none in between: at most {distance.max():.3f} from the nearer way")
+
+    figure, axes = plt.subplots(2, len(shown), figsize=(13, 4.8), sharex=True, sharey=True)
+    clean, noise = paths.repeat(3, 1, 1), torch.randn(6, 16, 2, generator=generator)
+    for t, (forward, back) in zip(shown, axes.T):
+        for i in range(6):
+            forward.plot(*ddpm.add_noise(clean, noise, t)[i].T, ".-", lw=0.5, color=f"C{i % 2}")
+            back.plot(*visited[t][i].T, ".-", lw=0.5, color=f"C{int(not right[i])}")
+        forward.set_title(f"timestep {t}")
+    axes[0, 0].set(xlim=(-2.5, 2.5), ylim=(-2.5, 2.5), ylabel="add_noise  →")
+    axes[1, 0].set_ylabel("←  sample")
+    figure.tight_layout()
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "diffusion.png", dpi=110)
+    print(f"Picture: {out / 'diffusion.png'}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="The lesson on the noise process.")
+    parser.add_argument("--out", type=Path, default=Path("runs/lessons"), help="picture folder")
+    lesson(parser.parse_args().out)
