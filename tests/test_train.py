@@ -1,0 +1,287 @@
+"""train.py: the freeze contract, the whole job once, resuming, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import film
+import sim_pusht
+import train
+from diffusion import DiffusionPolicy
+from heads import make_backbone
+
+ROOT = Path(__file__).parent.parent
+CORNERS = sim_pusht.KEYPOINTS.tolist()
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    """A demonstration file of two short episodes, written by hand: no expert, no simulator."""
+    path = tmp_path_factory.mktemp("demos") / "demos.npz"
+    generator = np.random.default_rng(0)
+    state = generator.uniform(100, 400, (60, 5)) * [1, 1, 1, 1, 0.01]
+    np.savez(path, state=state, action=state[:, :2] + 5, episode_ends=np.array([25, 60]))
+    return path
+
+
+def run_main(*arguments):
+    return train.main([str(a) for a in arguments])
+
+
+def tiny(demos, out, *more):
+    return ("--smoke", "--demos", demos, "--steps", 30, "--stage1-steps", 20, "--batch-size", 8,
+            "--episodes", 2, "--out", out, "--device", "cpu", *more)
+
+
+# The freeze contract -----------------------------------------------------------------------------
+
+def fitted(policy, trained, next_batch, steps=4):
+    """Run train.fit for a few updates, with the file system out of the way."""
+    class Run:
+        seconds = {}
+        say = log = checkpoint = lambda self, *_: None
+        restore = lambda self, *_: 0
+    config, _ = train.parse(["--steps", str(steps), "--device", "cpu"])
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    optimized = []
+    original = torch.optim.AdamW
+    torch.optim.AdamW = lambda params, **kw: optimized.extend(params) or original(optimized, **kw)
+    try:
+        train.fit("stage2", policy, trained, next_batch, config, Run())
+    finally:
+        torch.optim.AdamW = original
+    after = policy.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    return changed, {id(p) for p in optimized}
+
+
+def stage2_policy(**settings):
+    torch.manual_seed(0)
+    backbone = make_backbone("mlp")
+    conditioning = film.make_conditioning(backbone, **settings)
+    return DiffusionPolicy(conditioning, backbone, train.ACTION_SCALE, loss_steps=4)
+
+
+def test_stage2_changes_every_conditioning_tensor_and_no_bit_of_the_backbone():
+    policy = stage2_policy(observation="state", obs_steps=2, corners=CORNERS, goal=(256, 256, 0.8))
+    policy.backbone.requires_grad_(False)
+    batch = torch.rand(8, 2, 5) * 400, torch.rand(8, 16, 2) * 400
+    changed, optimized = fitted(policy, policy.conditioning, lambda: batch)
+    parameters = dict(policy.named_parameters())
+    conditioning = {name for name in parameters if name.startswith("conditioning.")}
+    backbone = {name for name in parameters if name.startswith("backbone.")}
+    assert conditioning | backbone == set(parameters) and not conditioning & backbone
+    assert changed == conditioning           # all of them, and no buffer
+    assert optimized == {id(parameters[name]) for name in conditioning}
+    assert {name for name, p in parameters.items() if p.requires_grad} == conditioning
+
+
+def test_equal_widths_in_both_stages_freeze_nothing_more():
+    """paper.md 5.2: by name and shape, 16 steps x 3 angles x 2 = 96 stage-1 inputs would freeze a
+    stage-2 pathway of 96 inputs. By module they cannot: here both pathways have equal shapes."""
+    stage1 = stage2_policy(observation="joints", horizon=16, num_joints=3)
+    stage2 = film.make_conditioning(stage1.backbone, "joints", horizon=2, num_joints=24)
+    assert [p.shape for p in stage2.parameters()] == \
+        [p.shape for p in stage1.conditioning.parameters()]
+    policy = DiffusionPolicy(stage2, stage1.backbone, train.ACTION_SCALE, loss_steps=4)
+    policy.backbone.requires_grad_(False)
+    batch = torch.randn(8, 2, 24), torch.rand(8, 16, 2) * 400, torch.rand(8, 2) * 400
+    changed, _ = fitted(policy, policy.conditioning, lambda: batch)
+    assert changed == {f"conditioning.{name}" for name, _ in stage2.named_parameters()}
+
+
+# The windows -------------------------------------------------------------------------------------
+
+def test_windows_stay_in_their_episode_and_start_one_step_before_the_present():
+    frames = np.arange(12, dtype=np.float32)
+    demonstrations = dict(state=np.repeat(frames[:, None], 5, 1), episode_ends=np.array([5, 12]),
+                          action=np.repeat(frames[:, None] + 100, 2, 1))
+    config, _ = train.parse(["--batch-size", "500", "--device", "cpu"])
+    states, actions = train.demonstration_batches(demonstrations, config, torch.device("cpu"))()
+    assert states.shape == (500, 2, 5) and actions.shape == (500, 16, 2)
+    assert set(states[:, 1, 0].tolist()) == set(range(12))          # every frame is a present
+    for present, previous, chunk in zip(states[:, 1, 0].tolist(), states[:, 0, 0].tolist(),
+                                        actions[:, :, 0].numpy() - 100):
+        first, last = (0, 4) if present < 5 else (5, 11)
+        assert previous == max(present - 1, first)
+        expected = np.clip(np.arange(present - 1, present + 15), first, last)
+        np.testing.assert_array_equal(chunk, expected)
+
+
+# The whole job -----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The README's command with --smoke, in an empty folder: scripted demonstrations and all."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--backbone", "mlp", "--decoupled",
+                           "--smoke", "--device", "cpu"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "runs" / "mlp-decoupled-full-laptop-seed0-smoke", done.stdout
+
+
+def test_smoke_writes_every_output(smoke):
+    folder, printed = smoke
+    for name in ("config.json", "metrics.csv", "checkpoint.pt", "policy.pt", "curves.png",
+                 "rollouts.png", "rollout.gif", "summary.json"):
+        assert (folder / name).stat().st_size > 0, name
+    assert not list(folder.glob("*.tmp"))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["recipe"] == "decoupled" and summary["episodes"] == 16
+    assert summary["parameters"]["frozen"] == summary["parameters"]["backbone"] > 0
+    assert summary["parameters"]["trained"] == summary["parameters"]["conditioning"] > 0
+    assert set(summary["seconds"]) >= {"demonstrations", "stage1", "stage2", "evaluation", "total"}
+    assert 0 <= summary["final_coverage"] <= summary["max_coverage"] <= 1
+    stages = [line.split(",")[0] for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
+    assert set(stages) == {"stage1", "stage2"}
+    assert "score" in printed and "rollouts.png" in printed
+
+
+def test_smoke_learns(smoke):
+    rows = np.genfromtxt(smoke[0] / "metrics.csv", delimiter=",", names=True, dtype=None,
+                         encoding=None)
+    for stage in ("stage1", "stage2"):
+        losses = rows["loss"][rows["stage"] == stage]
+        assert losses[-1] < 0.8 * losses[0], stage
+
+
+def test_evaluate_scores_the_saved_policy(smoke, capsys):
+    summary = run_main("--evaluate", smoke[0] / "policy.pt", "--task", "near", "--episodes", 3,
+                       "--executed-actions", 4, "--device", "cpu")
+    assert summary["executed_actions"] == 4 and summary["episodes"] == 3
+    assert "success" in capsys.readouterr().out
+
+
+def test_same_seed_same_numbers_and_resuming_changes_none(demos, tmp_path, monkeypatch):
+    whole = run_main(*tiny(demos, tmp_path / "whole", "--decoupled"))
+    again = run_main(*tiny(demos, tmp_path / "again", "--decoupled"))
+    load = lambda name: torch.load(tmp_path / name / "policy.pt", weights_only=True)["weights"]
+    assert all(torch.equal(value, load("again")[key]) for key, value in load("whole").items())
+    assert whole["max_coverage"] == again["max_coverage"]
+    for stage, stop_at in (("stage1", 7), ("stage2", 11)):
+        calls = []
+        original = DiffusionPolicy.loss
+
+        def loss(self, *batch):      # Ctrl-C in the middle of an update
+            calls.append(1)
+            if len(calls) == stop_at + (20 if stage == "stage2" else 0):
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(self, *batch)
+
+        monkeypatch.setattr(DiffusionPolicy, "loss", loss)
+        with pytest.raises(SystemExit, match="--resume"):
+            run_main(*tiny(demos, tmp_path / stage, "--decoupled"))
+        monkeypatch.setattr(DiffusionPolicy, "loss", original)
+        run_main(*tiny(demos, tmp_path / stage, "--decoupled", "--resume"))
+        assert all(torch.equal(value, load(stage)[key]) for key, value in load("whole").items())
+
+
+# Bad input ---------------------------------------------------------------------------------------
+
+def refused(capsys, *arguments):
+    """Exit code 2 and one line."""
+    with pytest.raises(SystemExit) as stop:
+        run_main(*arguments)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    return lines[-1]
+
+
+def test_bad_flags(capsys, demos, tmp_path):
+    assert "'vae'" in refused(capsys, "--backbone", "vae")
+    assert "-3" in refused(capsys, "--steps=-3")
+    assert "nan" in refused(capsys, "--learning-rate", "nan")
+    line = refused(capsys, *tiny(demos, tmp_path / "run", "--executed-actions", 16))
+    assert "16" in line and "15" in line
+    if not torch.cuda.is_available():
+        assert "CUDA" in refused(capsys, "--device", "cuda")
+
+
+def test_bad_demonstration_files(capsys, tmp_path):
+    state, action, ends = np.zeros((9, 5)), np.zeros((9, 2)), np.array([4, 9])
+    broken = np.full((9, 5), np.nan)
+    for name, arrays in {"shape": dict(state=state[:, :4], action=action, episode_ends=ends),
+                         "nan": dict(state=broken, action=action, episode_ends=ends),
+                         "missing": dict(state=state, episode_ends=ends),
+                         "order": dict(state=state, action=action, episode_ends=ends[::-1])}.items():
+        path = tmp_path / f"{name}.npz"
+        np.savez(path, **arrays)
+        assert path.name in refused(capsys, *tiny(path, tmp_path / "run")), name
+    (tmp_path / "text.npz").write_text("hello")
+    assert "text.npz" in refused(capsys, *tiny(tmp_path / "text.npz", tmp_path / "run"))
+    assert "none.npz" in refused(capsys, *tiny(tmp_path / "none.npz", tmp_path / "run"))
+
+
+def test_bad_policy_files(capsys, smoke, tmp_path):
+    good = torch.load(smoke[0] / "policy.pt", weights_only=True)
+    assert "nowhere.pt" in refused(capsys, "--evaluate", tmp_path / "nowhere.pt")
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes((smoke[0] / "policy.pt").read_bytes()[:5000])
+    assert "cut.pt" in refused(capsys, "--evaluate", cut)
+    torch.save(dict(good, format=99), tmp_path / "future.pt")
+    assert "99" in refused(capsys, "--evaluate", tmp_path / "future.pt")
+    del good["weights"]["backbone.output.weight"]
+    torch.save(good, tmp_path / "hole.pt")
+    assert "hole.pt" in refused(capsys, "--evaluate", tmp_path / "hole.pt")
+
+
+def test_resume_refuses_another_configuration_and_keeps_the_old_run(capsys, demos, tmp_path):
+    out = tmp_path / "run"
+    assert "nothing to resume" in refused(capsys, *tiny(demos, out, "--resume"))
+    run_main(*tiny(demos, out))
+    before = {p: p.read_bytes() for p in out.iterdir()}
+    line = refused(capsys, *tiny(demos, out, "--resume", "--learning-rate", 1e-3))
+    assert "learning_rate" in line and "0.006" in line and "0.001" in line
+    assert str(out) in refused(capsys, *tiny(demos, out))       # a run is never written over
+    assert {p: p.read_bytes() for p in out.iterdir()} == before
+    (out / "checkpoint.pt").write_bytes(b"damaged")
+    assert "damaged" in refused(capsys, *tiny(demos, out, "--resume"))
+
+
+def test_a_folder_that_cannot_be_written(capsys, demos, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "file" in refused(capsys, *tiny(demos, tmp_path / "file" / "run"))
+
+
+def test_a_loss_that_becomes_nan_fails_the_run_and_keeps_the_checkpoint(demos, tmp_path, monkeypatch):
+    original, calls = DiffusionPolicy.loss, []
+
+    def loss(self, *batch):
+        calls.append(1)
+        return original(self, *batch) * (float("nan") if len(calls) > 12 else 1)
+
+    monkeypatch.setattr(DiffusionPolicy, "loss", loss)
+    monkeypatch.setitem(train.SMOKE, "log_every", 5)
+    monkeypatch.setitem(train.SMOKE, "checkpoint_every", 5)
+    with pytest.raises(SystemExit, match="nan.*learning-rate") as stop:
+        run_main(*tiny(demos, tmp_path / "run"))
+    assert isinstance(stop.value.code, str)      # Python prints it and exits with code 1
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 10
+    assert all(value.isfinite().all() for value in saved["policy"].values())
+    assert not (tmp_path / "run" / "policy.pt").exists()
+
+
+# In the benchmark itself -------------------------------------------------------------------------
+
+def test_a_saved_policy_plays_in_gym_pusht(smoke):
+    gymnasium = pytest.importorskip("gymnasium")
+    pytest.importorskip("gym_pusht")
+    policy = DiffusionPolicy.load(smoke[0] / "policy.pt")
+    env = gymnasium.make("gym_pusht/PushT-v0", obs_type="state")
+    observation, _ = env.reset(seed=100_000)
+    history, coverages = [observation] * 2, []
+    for _ in range(2):
+        for action in policy.act(np.stack(history[-2:])[None])[0].numpy():
+            observation, _, _, _, info = env.step(action)
+            history.append(observation)
+            coverages.append(info["coverage"])
+    assert len(coverages) == 16 and all(0 <= c <= 1 for c in coverages)
+    # The agent went where the policy sent it: it ends near its last target.
+    assert np.linalg.norm(observation[:2] - action) < 60

@@ -1,0 +1,484 @@
+"""The two recipes, end to end: demonstrations, training, evaluation on unseen scenes, pictures.
+
+    python train.py --backbone mlp --decoupled      stage 1, freeze, stage 2 (the paper's recipe)
+    python train.py --backbone mlp                  normal: everything learns from demonstrations
+
+The recipe is `train_policy`, the training loop is `fit`: read these two first, the rest is
+plumbing. Paper: section IV-B, eq. 9 and 10 (arXiv 2511.12101v1).
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+# Two threads that wait by spinning cost a busy machine far more than they gain; must come first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import sim_pusht
+from diffusion import DiffusionPolicy
+from film import make_conditioning
+from heads import SIZES, make_backbone
+from kinematics import PlanarArm
+
+HORIZON, OBS_STEPS, ACTION_DIM = 16, 2, 2      # T, To, A: the paper's, but for A = 10
+EVALUATION_SEED = 100_000                      # scenes from this seed on are in no demonstration
+# The displacement from the agent, in px, that counts as 1 at each horizon step: how far a target
+# runs ahead of the agent, plus the way that the agent makes in the meantime.
+ACTION_SCALE = [30 + 12 * step for step in range(HORIZON)]
+# PushT's agent trails its target by damping / stiffness = 0.2 s, two control steps. Stage 1 gives
+# the arm's path the same lead over the present position.
+LEAD = 2
+
+# `paper` is section 2 of the paper's configuration; `laptop` trains a small network fast: a high
+# learning rate, two noise draws for each encoded observation, a random 4 of the 16 horizon steps.
+SETTINGS = {
+    "laptop": dict(batch_size=128, noise_samples=2, loss_steps=4, learning_rate=6e-3, warmup=100,
+                   betas=(0.9, 0.999), ema_decay=0.995, sampling_steps=10, stage1_steps=2500,
+                   steps={"full": 12000, "near": 5000}, num_demos={"full": 2000, "near": 1500},
+                   minutes={"full": "about 12 minutes on 2 cores", "near": "about 5 minutes on 2 cores"}),
+    "paper": dict(batch_size=64, noise_samples=1, loss_steps=None, learning_rate=1e-4, warmup=500,
+                  betas=(0.95, 0.999), ema_decay=0.9999, sampling_steps=None, stage1_steps=45000,
+                  steps=83000, num_demos={"full": 2000, "near": 1500}, minutes="hours on a GPU"),
+}
+SMOKE = dict(steps=150, stage1_steps=100, num_demos=40, log_every=25)
+
+
+# The recipe --------------------------------------------------------------------------------------
+
+def train_policy(config, run, demonstrations, device):
+    """Normal and decoupled training, and the control with a random frozen backbone."""
+    backbone = make_backbone(config.backbone, config.scale, ACTION_DIM, HORIZON)
+
+    def new_policy(observation, **settings):
+        conditioning = make_conditioning(backbone, observation, **settings)
+        return DiffusionPolicy(conditioning, backbone, ACTION_SCALE, OBS_STEPS,
+                               config.executed_actions, config.sampling_steps,
+                               not config.absolute_actions, config.noise_samples,
+                               config.loss_steps).to(device)
+
+    if config.recipe == "decoupled" and not run.is_past("stage1"):
+        # Stage 1: backbone and a conditioning on joint angles, on free kinematic data.
+        arm = PlanarArm()
+        policy = new_policy("joints", horizon=HORIZON, num_joints=len(arm.link_lengths))
+        fit("stage1", policy, policy, arm_batches(arm, config, device), config, run)
+
+    # Stage 2, with a fresh conditioning on observations. Normal training is this alone.
+    policy = new_policy("state", obs_steps=OBS_STEPS, corners=sim_pusht.KEYPOINTS.tolist(),
+                        goal=sim_pusht.GOAL.tolist(), features=config.features)
+    trained = policy
+    if config.recipe != "normal":
+        backbone.requires_grad_(False)     # by module: all of it, and nothing else
+        trained = policy.conditioning
+    fit("stage2", policy, trained, demonstration_batches(demonstrations, config, device),
+        config, run)
+    return policy.eval()
+
+
+def fit(stage, policy, trained, next_batch, config, run):
+    """Train the module `trained` (the policy, or a part of it) to lower policy.loss.
+
+    AdamW, warm-up then cosine to zero, and an exponential moving average (EMA) of the weights,
+    which is what is left in `trained` at the end. `next_batch()` gives the arguments of
+    policy.loss. Ctrl-C saves a checkpoint after the present update and raises KeyboardInterrupt;
+    a loss that becomes NaN raises RunFailed and leaves the last checkpoint as it is.
+    """
+    steps = config.stage1_steps if stage == "stage1" else config.steps
+    tqdm.write(f"{stage}: {steps:,} updates; trained {count(trained):,} parameters, "
+               f"frozen {count(policy) - count(trained):,}")
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=config.learning_rate,
+                                  betas=config.betas, weight_decay=1e-6, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (
+        min(1, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))))
+    # Frozen weights need no average: only the trained part is copied.
+    average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+    parts = dict(policy=policy, average=average, optimizer=optimizer, schedule=schedule)
+    done, total, logged = run.restore(stage, parts), 0.0, 0
+    start, interrupts = time.perf_counter() - run.seconds.get(stage, 0), []
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    policy.train()
+    try:
+        bar = tqdm(range(done + 1, steps + 1), stage, initial=done, total=steps, mininterval=1)
+        for step in bar:
+            with torch.autocast(config.device, torch.bfloat16, config.precision == "bf16"):
+                loss = policy.loss(*next_batch())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            average.update_parameters(trained)
+            total, logged = total + loss.detach(), logged + 1
+            if step % config.log_every == 0 or step == steps or interrupts:
+                mean, total, logged = float(total) / logged, 0.0, 0   # a read waits for the GPU
+                if not math.isfinite(mean):
+                    raise RunFailed(f"the loss became {mean} in {stage}, update {step}; try a lower "
+                                    f"--learning-rate than {config.learning_rate:g}")
+                bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+                run.seconds[stage] = time.perf_counter() - start
+                run.log(stage, step, mean, schedule.get_last_lr()[0])
+            if step % config.checkpoint_every == 0 or step == steps or interrupts:
+                run.checkpoint(stage, step, parts)
+            if interrupts:
+                raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    trained.load_state_dict(average.module.state_dict())
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# The data ----------------------------------------------------------------------------------------
+
+def arm_batches(arm, config, device):
+    """Stage 1: () -> joint angles (B,T,N), end-effector positions (B,T,A), present position (B,A).
+
+    Angles and positions are of the same instants, as in the paper: what the denoiser learns is
+    forward kinematics. Each window is new, made on the device and never stored.
+    """
+    generator = (torch.default_generator if device.type == "cpu"
+                 else torch.cuda.default_generators[torch.cuda.current_device()])
+
+    def next_batch():
+        angles, positions = arm.sample_windows(config.batch_size, HORIZON + LEAD, generator)
+        return angles[:, LEAD:], positions[:, LEAD:], positions[:, OBS_STEPS - 1]
+    return next_batch
+
+
+def demonstration_batches(demonstrations, config, device):
+    """Stage 2: () -> states (B,To,5), actions (B,T,A), random windows of the demonstrations.
+
+    A window starts one step before the present; at its episode's edges the first or last step is
+    repeated (padded actions count in the loss, as in the official code).
+    """
+    states, actions = (torch.as_tensor(demonstrations[key], dtype=torch.float32, device=device)
+                       for key in ("state", "action"))
+    ends = torch.as_tensor(demonstrations["episode_ends"], device=device)
+    present = torch.arange(len(states), device=device)
+    episode = torch.searchsorted(ends, present, right=True)
+    first = torch.cat([ends.new_zeros(1), ends])[episode]
+    window = present[:, None] + torch.arange(1 - OBS_STEPS, HORIZON + 1 - OBS_STEPS, device=device)
+    window = window.clamp(first[:, None], ends[episode, None] - 1)       # (frames, T)
+
+    def next_batch():
+        chosen = window[torch.randint(len(window), (config.batch_size,), device=device)]
+        return states[chosen[:, :OBS_STEPS]], actions[chosen]
+    return next_batch
+
+
+def get_demonstrations(config):
+    """The file of --demos, or the scripted expert's demonstrations, made once and kept in runs/."""
+    path = config.demos
+    if path is None:
+        # The fingerprint makes sure that no kept file outlives a change of the simulator.
+        fingerprint = hashlib.sha1(Path(sim_pusht.__file__).read_bytes()).hexdigest()[:8]
+        path = Path(f"runs/demonstrations/{config.task}-{config.num_demos}-{fingerprint}.npz")
+        if not path.exists():
+            demonstrations = sim_pusht.expert_demonstrations(config.num_demos, config.task, seed=0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, lambda unfinished: np.savez_compressed(unfinished, **demonstrations))
+    demonstrations = sim_pusht.load_demonstrations(path)
+    ends = demonstrations["episode_ends"][:config.num_demos]
+    if config.num_demos and len(ends) < config.num_demos:
+        raise ValueError(f"--num-demos {config.num_demos}, but {path} holds {len(ends)}")
+    return {key: demonstrations[key][:ends[-1]] for key in ("state", "action")} | {
+        "episode_ends": ends}
+
+
+# Evaluation --------------------------------------------------------------------------------------
+
+def evaluate(policy, task, episodes, max_steps=300):
+    """Play unseen scenes, all at once, each until coverage > 0.95 or for max_steps.
+
+    Returns arrays: max_coverage, final_coverage and length (episodes,), the latter in control
+    steps, and states (longest + 1, episodes, 5).
+    """
+    env = sim_pusht.PushT(episodes, task)
+    states = [env.reset(EVALUATION_SEED)]
+    generator = torch.Generator(policy.action_scale.device).manual_seed(EVALUATION_SEED)
+    final = most = env.coverage()
+    length, running = np.full(episodes, max_steps), np.ones(episodes, dtype=bool)
+    with tqdm(total=max_steps, desc="evaluation", mininterval=1) as bar:
+        while running.any() and len(states) <= max_steps:
+            past = [states[max(0, len(states) - back)] for back in range(policy.obs_steps, 0, -1)]
+            chunk = policy.act(np.stack(past, axis=1), generator).cpu().numpy()
+            for targets in chunk.swapaxes(0, 1)[:max_steps + 1 - len(states)]:
+                state, _, _, _, info = env.step(targets)
+                states.append(state)
+                final = np.where(running, info["coverage"], final)
+                most = np.maximum(most, final)
+                succeeded = running & (most > env.success_threshold)
+                length[succeeded] = len(states) - 1
+                running &= ~succeeded
+                bar.set_postfix(success=f"{1 - running.mean():.2f}", refresh=False)
+                bar.update()
+    return dict(max_coverage=most, final_coverage=final, length=length, states=np.stack(states))
+
+
+def scores(result):
+    """Score and success rate with standard errors; the definitions are the benchmark's."""
+    score = np.clip(result["max_coverage"] / 0.95, 0, 1)
+    success = result["max_coverage"] > 0.95
+    n = len(score)
+    return dict(episodes=n, score=score.mean(), score_se=score.std() / n ** 0.5,
+                success_rate=success.mean(), success_se=success.std() / n ** 0.5,
+                max_coverage=result["max_coverage"].mean(),
+                final_coverage=result["final_coverage"].mean())
+
+
+def draw_curves(rows, path):
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for stage in dict.fromkeys(row[0] for row in rows):
+        steps, losses = zip(*[(row[1], row[3]) for row in rows if row[0] == stage])
+        axis.plot(steps, losses, label=stage)
+    axis.set(xlabel="update", ylabel="noise-prediction error (MSE)", yscale="log")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    write(path, lambda unfinished: figure.savefig(unfinished, dpi=110))
+    plt.close(figure)
+
+
+# A run and its folder ----------------------------------------------------------------------------
+
+class RunFailed(Exception):
+    """Training went wrong in a way that is nobody's typing error: exit code 1."""
+
+
+def write(path, content):
+    """Write a file that appears under its name only when it is complete.
+
+    content: text, or a function that writes to the path that it is given.
+    """
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    unfinished.write_text(content) if isinstance(content, str) else content(unfinished)
+    unfinished.replace(path)
+
+
+class Run:
+    """What a run keeps: seconds per phase, the rows of metrics.csv, its checkpoint.
+
+    With --resume it goes on from checkpoint.pt. Raises ValueError if there is none or if it is
+    another configuration's, if the folder holds a run that would be lost; OSError if the folder
+    cannot be written.
+    """
+
+    def __init__(self, config):
+        self.folder, self.seconds, self.rows, self.saved = config.out, {}, [], None
+        checkpoint, kept = self.folder / "checkpoint.pt", self.folder / "config.json"
+        # What may differ between two calls for the same work is left out.
+        asked = {key: value for key, value in vars(config).items() if key not in
+                 ("out", "resume", "evaluate", "device", "threads", "command")}
+        text = json.dumps(asked, indent=1, default=str)
+        if config.resume:
+            try:
+                before, asked = json.loads(kept.read_text()), json.loads(text)
+                self.saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+                self.rows, self.seconds = self.saved["rows"], self.saved["seconds"]
+            except FileNotFoundError:
+                raise ValueError(f"nothing to resume: no checkpoint in {self.folder}") from None
+            except Exception as error:     # torch raises many kinds for a damaged file
+                raise ValueError(f"{checkpoint} is damaged: {type(error).__name__}") from None
+            changed = [f"{key} was {before.get(key)!r}, is {asked.get(key)!r}"
+                       for key in before | asked if before.get(key) != asked.get(key)]
+            if changed:
+                raise ValueError("--resume needs the run's own flags: " + "; ".join(changed))
+        elif checkpoint.exists():
+            raise ValueError(f"{self.folder} holds a run: --resume it, or choose another --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write(kept, text)
+
+    def log(self, stage, step, loss, learning_rate):
+        self.rows.append([stage, step, round(self.seconds[stage], 2), loss, learning_rate])
+        lines = [["stage", "step", "seconds", "loss", "learning_rate"], *self.rows]
+        write(self.folder / "metrics.csv", "".join(",".join(map(str, row)) + "\n" for row in lines))
+
+    def checkpoint(self, stage, step, parts):
+        """Keep all that `fit` needs to go on as if nothing had happened."""
+        saved = {name: part.state_dict() for name, part in parts.items()}
+        saved.update(stage=stage, step=step, rows=self.rows, seconds=self.seconds,
+                     cpu_random=torch.get_rng_state(),
+                     cuda_random=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+        write(self.folder / "checkpoint.pt", lambda unfinished: torch.save(saved, unfinished))
+
+    def is_past(self, stage):
+        return self.saved is not None and self.saved["stage"] > stage
+
+    def restore(self, stage, parts):
+        """Load the checkpoint if it is of this stage; returns how many updates are done."""
+        if self.saved is None or self.saved["stage"] != stage:
+            return 0
+        for name, part in parts.items():
+            part.load_state_dict(self.saved[name])
+        torch.set_rng_state(self.saved["cpu_random"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(self.saved["cuda_random"])
+        return self.saved["step"]
+
+
+def judge(policy, config, folder, seconds):
+    """Evaluate the policy and draw it, into `folder`; returns the summary's first part."""
+    clock = time.perf_counter()
+    result = evaluate(policy, config.task, config.episodes)
+    seconds["evaluation"] = time.perf_counter() - clock
+    clock = time.perf_counter()
+    sim_pusht.draw_rollouts(result["states"], result["length"], folder)
+    seconds["figures"] = time.perf_counter() - clock
+    return dict(command=config.command, task=config.task, seed=config.seed, **scores(result),
+                executed_actions=config.executed_actions, device=config.device,
+                threads=torch.get_num_threads(), torch=torch.__version__)
+
+
+def train(config, run, demonstrations):
+    """One whole run; returns its summary."""
+    policy = train_policy(config, run, demonstrations, torch.device(config.device))
+    policy.save(run.folder / "policy.pt")
+    draw_curves(run.rows, run.folder / "curves.png")
+    summary = judge(policy, config, run.folder, run.seconds)
+    run.seconds["total"] = sum(run.seconds.values())
+    updates = {"stage1": config.stage1_steps, "stage2": config.steps}
+    frozen = 0 if config.recipe == "normal" else count(policy.backbone)
+    return summary | dict(
+        backbone=config.backbone, conditioning="film", recipe=config.recipe, scale=config.scale,
+        parameters=dict(backbone=count(policy.backbone), conditioning=count(policy.conditioning),
+                        trained=count(policy) - frozen, frozen=frozen),
+        seconds=run.seconds, iterations_per_second={
+            stage: n / run.seconds[stage] for stage, n in updates.items() if stage in run.seconds})
+
+
+# The command line --------------------------------------------------------------------------------
+
+def parse(arguments):
+    """The configuration, every default filled in, and the function that reports bad input."""
+    def positive(kind):
+        def convert(text):
+            if not 0 < kind(text) < math.inf:
+                raise ValueError
+            return kind(text)
+        convert.__name__ = f"positive {kind.__name__}"     # argparse puts it into its message
+        return convert
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # One line instead of the whole usage text.
+    parser.error = lambda message: parser.exit(2, f"train.py: {message} (--help tells more)\n")
+    flag = parser.add_argument
+    flag("--backbone", default="mlp", choices=sorted({name for name, _ in SIZES}))
+    recipe = parser.add_mutually_exclusive_group()
+    recipe.add_argument("--decoupled", dest="recipe", action="store_const", const="decoupled",
+                        default="normal", help="pretrain the backbone on free kinematic data, "
+                        "freeze it, train the conditioning; default: train everything at once")
+    recipe.add_argument("--random-backbone", dest="recipe", action="store_const",
+                        const="random-frozen", help="control: freeze a backbone that learned nothing")
+    flag("--task", default="full", choices=["full", "near"], help="the benchmark's start scenes, or "
+         "the quick lesson: block within 60 px and 0.75 rad of the goal; default full")
+    flag("--scale", choices=SETTINGS, help="size of network and training; default laptop on a CPU, "
+         "paper on a GPU. Sets what the flags marked * leave open")
+    flag("--features", default="relative", choices=["relative", "keypoints"], help="what the "
+         "observation encoder looks at (film.StateEncoder); default relative")
+    flag("--absolute-actions", action="store_true", help="denoise positions on the board, as the "
+         "paper does, not displacements from the agent")
+    flag("--demos", metavar="FILE", type=Path, help="demonstrations from an .npz (state, action, "
+         "episode_ends) instead of the scripted expert's")
+    flag("--num-demos", type=positive(int), help="* how many demonstrations; of a file, all")
+    flag("--stage1-steps", type=positive(int), help="* updates in stage 1")
+    flag("--steps", type=positive(int), help="* updates in stage 2, or in normal training")
+    flag("--batch-size", type=positive(int), help="* observations in an update")
+    flag("--learning-rate", type=positive(float), help="* the highest, after warm-up")
+    flag("--seed", type=int, default=0, help="of initialisation and batches; default 0")
+    flag("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16 is faster on a GPU or a "
+         "CPU with AVX512-BF16; default fp32")
+    flag("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    flag("--threads", type=positive(int), help="CPU threads; default all cores")
+    flag("--episodes", type=positive(int), default=200, help="evaluation scenes; default 200")
+    flag("--executed-actions", type=int, choices=range(1, HORIZON - OBS_STEPS + 2), default=8,
+         metavar="N", help="how many actions of each chunk of 16 are carried out; default 8, the "
+         "paper's")
+    flag("--out", type=Path, help="the run's folder; default runs/<what distinguishes it>")
+    flag("--resume", action="store_true", help="go on from the checkpoint in the run's folder")
+    flag("--smoke", action="store_true", help="all of it once in under a minute, without success")
+    flag("--evaluate", metavar="POLICY", type=Path, help="train nothing, score this policy.pt (see "
+         "--task, --episodes, --executed-actions)")
+    config = parser.parse_args(arguments)
+    config.command = " ".join(["python train.py", *(sys.argv[1:] if arguments is None
+                                                    else arguments)])
+    if config.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but this PyTorch sees no CUDA GPU; allowed here: cpu, auto")
+    if config.device == "auto":
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    config.scale = config.scale or ("paper" if config.device == "cuda" else "laptop")
+    defaults = dict(log_every=100, checkpoint_every=2000) | SETTINGS[config.scale]
+    defaults |= SMOKE if config.smoke else {}
+    for key, value in defaults.items():
+        if getattr(config, key, None) is None and not (key == "num_demos" and config.demos):
+            setattr(config, key, value[config.task] if isinstance(value, dict) else value)
+    if config.smoke:
+        config.episodes = min(config.episodes, 16)
+    if config.out is None:
+        name = "-".join([config.backbone, config.recipe, config.task, config.scale,
+                         f"seed{config.seed}", *(["smoke"] if config.smoke else [])])
+        folders = [Path("runs") / (f"{name}-{i}" if i > 1 else name) for i in range(1, 1000)]
+        # A new run never writes over an older one; --resume means the latest.
+        free = next(i for i, folder in enumerate(folders) if not (folder / "checkpoint.pt").exists())
+        config.out = folders[max(free - 1, 0) if config.resume else free]
+    return config, parser.error
+
+
+def main(arguments=None):
+    """The command line; returns the summary, for notebooks and tests."""
+    config, refuse = parse(arguments)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    try:
+        if config.evaluate:
+            policy = DiffusionPolicy.load(config.evaluate, config.device)
+            policy.executed_actions = config.executed_actions
+            folder = config.evaluate.parent / f"{config.evaluate.stem}-on-{config.task}"
+            folder.mkdir(exist_ok=True)
+        else:
+            run, folder, clock = Run(config), config.out, time.perf_counter()
+            demonstrations = get_demonstrations(config)
+            run.seconds.setdefault("demonstrations", time.perf_counter() - clock)
+    except (ValueError, OSError) as error:
+        refuse(error)
+    if config.evaluate:
+        summary = judge(policy, config, folder, {})
+    else:
+        print(f"{config.recipe} training of {config.backbone} on task {config.task}, with "
+              f"{len(demonstrations['episode_ends']):,} demonstrations of "
+              f"{len(demonstrations['state']):,} steps. {config.scale.capitalize()} scale, on "
+              f"{config.device} with {torch.get_num_threads()} threads: {config.minutes}.")
+        try:
+            summary = train(config, run, demonstrations)
+        except RunFailed as error:
+            sys.exit(f"train.py: {error}")     # exit code 1
+        except KeyboardInterrupt:
+            sys.exit(f"\ninterrupted; go on with: {config.command} --resume")
+    write(folder / "summary.json", json.dumps(summary, indent=1, default=float))
+
+    line = lambda values, form: ", ".join(f"{key} {value:{form}}" for key, value in values.items())
+    print(f"\nscore    {summary['score']:.3f} +- {summary['score_se']:.3f}  mean of max coverage / "
+          f"0.95, at most 1 ({summary['episodes']} unseen scenes, task {summary['task']})\n"
+          f"success  {summary['success_rate']:.3f} +- {summary['success_se']:.3f}  coverage > 0.95 "
+          f"within 300 steps, {summary['executed_actions']} actions executed of each chunk")
+    if not config.evaluate:
+        print(f"seconds  {line(summary['seconds'], '.0f')}\n"
+              f"updates  a second: {line(summary['iterations_per_second'], '.1f')}\n"
+              f"weights  {line(summary['parameters'], ',')}\n"
+              f"next     python train.py --evaluate {folder / 'policy.pt'} --executed-actions 4")
+    print(f"see      rollouts.png, rollout.gif and summary.json in {folder}")
+    return summary
+
+
+if __name__ == "__main__":
+    main()
