@@ -266,22 +266,3 @@ def test_a_loss_that_becomes_nan_fails_the_run_and_keeps_the_checkpoint(demos, t
     assert saved["step"] == 10
     assert all(value.isfinite().all() for value in saved["policy"].values())
     assert not (tmp_path / "run" / "policy.pt").exists()
-
-
-# In the benchmark itself -------------------------------------------------------------------------
-
-def test_a_saved_policy_plays_in_gym_pusht(smoke):
-    gymnasium = pytest.importorskip("gymnasium")
-    pytest.importorskip("gym_pusht")
-    policy = DiffusionPolicy.load(smoke[0] / "policy.pt")
-    env = gymnasium.make("gym_pusht/PushT-v0", obs_type="state")
-    observation, _ = env.reset(seed=100_000)
-    history, coverages = [observation] * 2, []
-    for _ in range(2):
-        for action in policy.act(np.stack(history[-2:])[None])[0].numpy():
-            observation, _, _, _, info = env.step(action)
-            history.append(observation)
-            coverages.append(info["coverage"])
-    assert len(coverages) == 16 and all(0 <= c <= 1 for c in coverages)
-    # The agent went where the policy sent it: it ends near its last target.
-    assert np.linalg.norm(observation[:2] - action) < 60

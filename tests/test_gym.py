@@ -1,0 +1,63 @@
+"""A saved policy in the benchmark itself, gym-pusht, beside our simulator on the same scenes.
+
+    pip install gym-pusht
+    python -m tests.test_gym runs/mlp-decoupled-full-laptop-seed0/policy.pt --episodes 50
+"""
+import argparse
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from diffusion import DiffusionPolicy
+
+
+def play_in_gym(policy, episodes, max_steps=300):
+    """The twin of train.evaluate with gym-pusht's environments: max coverage (episodes,)."""
+    import gymnasium
+    import gym_pusht  # noqa: F401  (registers the environment)
+    envs = [gymnasium.make("gym_pusht/PushT-v0", obs_type="state", max_episode_steps=max_steps + 1)
+            for _ in range(episodes)]
+    states = [np.stack([env.reset(seed=train.EVALUATION_SEED + i)[0]
+                        for i, env in enumerate(envs)])]
+    generator = torch.Generator().manual_seed(train.EVALUATION_SEED)
+    best = np.zeros(episodes)
+    while len(states) <= max_steps and (best <= 0.95).any():
+        past = np.stack([states[max(0, len(states) - 2)], states[-1]], axis=1)
+        chunk = policy.act(past, generator).numpy()
+        for targets in chunk.swapaxes(0, 1)[:max_steps + 1 - len(states)]:
+            steps = [env.step(target) for env, target in zip(envs, targets)]
+            states.append(np.stack([step[0] for step in steps]))
+            best = np.maximum(best, [step[4]["coverage"] for step in steps])
+    return best
+
+
+def test_an_untrained_policy_does_the_same_in_both(tmp_path):
+    """Same scenes, same noise: the same coverage, until a contact amplifies the last digits."""
+    pytest.importorskip("gym_pusht")
+    torch.manual_seed(0)
+    config, _ = train.parse(["--device", "cpu"])
+    demonstrations = dict(state=np.zeros((4, 5)), action=np.zeros((4, 2)),
+                          episode_ends=np.array([4]))
+    config.steps = 1
+    run = type("Run", (), dict(restore=lambda *_: 0, log=lambda *_: None, checkpoint=lambda *_: None,
+                               seconds={}))()
+    train.train_policy(config, run, demonstrations, torch.device("cpu")).save(tmp_path / "policy.pt")
+    policy = DiffusionPolicy.load(tmp_path / "policy.pt")
+    ours = train.evaluate(policy, "full", 4, max_steps=48)["max_coverage"]
+    np.testing.assert_allclose(play_in_gym(policy, 4, max_steps=48), ours, atol=1e-3)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("policy")
+    parser.add_argument("--episodes", type=int, default=50)
+    arguments = parser.parse_args()
+    policy = DiffusionPolicy.load(arguments.policy)
+    for name, best in {"gym-pusht": play_in_gym(policy, arguments.episodes),
+                       "ours": train.evaluate(policy, "full", arguments.episodes)["max_coverage"]
+                       }.items():
+        result = train.scores(dict(max_coverage=best, final_coverage=best))
+        print(f"{name:9s}  max reward {result['score']:.3f} +- {result['score_se']:.3f}   "
+              f"success {result['success_rate']:.3f} +- {result['success_se']:.3f}")
