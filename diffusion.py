@@ -223,7 +223,7 @@ class DiffusionPolicy(nn.Module):
         Raises ValueError for another shape or numbers that are not finite.
         """
         observations = torch.as_tensor(observations, device=self.action_scale.device).float()
-        if observations.dim() != 3 or observations.shape[1] != self.obs_steps:
+        if observations.dim() != 3 or observations.shape[1:] != (self.obs_steps, 5):
             raise ValueError(f"observations must have shape (B, {self.obs_steps}, 5), "
                              f"got {tuple(observations.shape)}")
         if not observations.isfinite().all():

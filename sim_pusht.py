@@ -1,0 +1,1056 @@
+"""PushT in plain numpy: many environments in one call, no binary dependency.
+
+A circular agent pushes a T-shaped block into a goal pose. Physics, reward, start law and picture
+are those of gym-pusht 0.1.8 (pymunk 6, Chipmunk 7), so a policy runs unchanged in either one. The
+paper (arXiv 2511.12101) only uses this benchmark: a reader of the paper may skip this file.
+In order: geometry, physics, environment, picture, expert, demonstrations and lesson.
+
+    python sim_pusht.py          # lesson: the expert on a few scenes; a picture and a GIF
+    python sim_pusht.py --play   # push the block yourself and record demonstrations
+"""
+import argparse
+import zipfile
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from tqdm import tqdm
+
+# Geometry ----------------------------------------------------------------------------------------
+# Frame: 512 x 512 px, x right, y DOWN, angles from x to y. A pose (x, y, angle) places the block's
+# local origin, the middle of the bar's outer edge. Inside this file a vector may be a complex
+# number x + iy: turning it is then one product with exp(i angle).
+BOARD = 512.0
+WALLS = 7.0, 504.0  # inner faces; they stop the block, not the agent
+MIDDLE, FREE = 255.5, 248.5  # of the walls: their faces are at MIDDLE +- FREE
+AGENT_RADIUS = 15.0
+GOAL = np.array([256.0, 256.0, np.pi / 4])
+BOXES = np.array([[[-60.0, 0.0], [60.0, 30.0]], [[-15.0, 30.0], [15.0, 120.0]]])  # bar, stem
+KEYPOINTS = np.array([[-60.0, 0.0], [60.0, 0.0], [60.0, 30.0], [-60.0, 30.0],
+                      [-15.0, 30.0], [15.0, 30.0], [15.0, 120.0], [-15.0, 120.0]])
+CENTER_OF_MASS = np.array([0.0, 45.0])  # the mean of the two boxes' centres, not area-weighted
+BLOCK_AREA = 6300.0
+
+# The same relative to the centre of mass.
+CENTER = complex(*CENTER_OF_MASS)
+CORNERS = KEYPOINTS @ [1, 1j] - CENTER
+EDGES = CORNERS[[1, 2, 3, 0, 5, 6, 7, 4]] - CORNERS  # of each box, from corner to corner
+LOW, HIGH = BOXES[:, 0] - CENTER_OF_MASS, BOXES[:, 1] - CENTER_OF_MASS
+REACH = np.abs(CORNERS).max()  # 76.5 px: no part of the block is farther from its centre of mass
+
+
+def dot(a, b):
+    """Scalar product of vectors written as complex numbers."""
+    return (a.conj() * b).real
+
+
+def cross(a, b):
+    """z component of the vector product of vectors written as complex numbers."""
+    return (a.conj() * b).imag
+
+
+def as_floats(z):
+    """(...) complex -> (..., 2)."""
+    return np.asarray(z)[..., None].view(float)
+
+
+def as_complex(xy):
+    """(..., 2) -> (...) complex."""
+    return np.ascontiguousarray(xy).view(complex)[..., 0]
+
+
+def keypoints(pose):
+    """Corners of the block in the world, (..., 3) pose -> (..., 8, 2) px, gym-pusht's order."""
+    pose = np.asarray(pose, float)
+    origin = as_complex(pose[..., :2])[..., None]
+    return as_floats(origin + (CORNERS + CENTER) * np.exp(1j * pose[..., 2:]))
+
+
+def from_legacy(pose):
+    """The observed pose of a block that was set up as gym-pusht does, (..., 3) -> (..., 3).
+
+    gym-pusht's reset sets the position first and then turns the block about its centre of mass,
+    so that `reset_to_state` gives another position than the one asked for.
+    """
+    pose = np.array(pose, float)
+    pose[..., :2] += CENTER_OF_MASS - as_floats(CENTER * np.exp(1j * pose[..., 2]))
+    return pose
+
+
+def to_legacy(pose):
+    """What gym-pusht's `reset_to_state` needs to be given for an observed pose; (..., 3)."""
+    return 2 * np.asarray(pose, float) - from_legacy(pose)
+
+
+def block_coverage(pose, goal=GOAL):
+    """Share of the goal's area that the block covers, (..., 3) pose -> (...) in [0, 1]. Exact.
+
+    Green's theorem for each pair (box of the block, box of the goal), in the goal's frame: the
+    area is the integral of the clipped height over the clipped width along the box's edges. A
+    clipped height is linear on three pieces of an edge, so the midpoint rule is exact.
+    """
+    pose, goal = np.asarray(pose, float), np.asarray(goal, float)
+    turn = np.exp(1j * (pose[..., 2] - goal[2]))[..., None, None]
+    shift = as_complex(pose[..., :2] - goal[:2]) * np.exp(-1j * goal[2])
+    corner = shift[..., None, None] + (CORNERS + CENTER) * turn - CENTER  # (..., 1, 8)
+    delta = EDGES * turn
+    dx, dy = (np.where(np.abs(d) < 1e-300, 1e-300, d) for d in (delta.real, delta.imag))
+    (x0, y0), (x1, y1) = LOW.T[..., None], HIGH.T[..., None]  # the goal's boxes, (2, 1)
+    a, b = (x0 - corner.real) / dx, (x1 - corner.real) / dx  # an edge enters, leaves the width at
+    start = np.minimum(np.maximum(np.minimum(a, b), 0), 1)
+    end = np.maximum(np.minimum(np.maximum(a, b), 1), start)
+    a, b = (y0 - corner.imag) / dy, (y1 - corner.imag) / dy  # ... and the height
+    enter = np.minimum(np.maximum(np.minimum(a, b), start), end)
+    leave = np.minimum(np.maximum(np.maximum(a, b), start), end)
+    area = 0
+    for t0, t1 in (start, enter), (enter, leave), (leave, end):
+        height = np.minimum(np.maximum(corner.imag + (t0 + t1) / 2 * dy, y0), y1) - y0
+        area = area - height * (t1 - t0)
+    return (area * dx).sum((-2, -1)) / BLOCK_AREA
+
+
+# Physics -----------------------------------------------------------------------------------------
+# Chipmunk 7's step (cpSpaceStep.c, cpArbiter.c, cpCollision.c, cpBBTree.c) for this one world: a
+# circle on rails, one free block of two boxes, four static walls, no friction, no bounce, and a
+# damping that stops the block before every substep: it moves only while it is pushed. Inside,
+# velocities are px or rad per substep, and contacts are worked out in the block's frame, from its
+# centre of mass.
+DT, SUBSTEPS = 0.01, 10  # s; a control step is 0.1 s
+STIFFNESS, DAMPING = 100.0, 20.0  # of the agent's PD control, 1/s^2 and 1/s
+MASS, INERTIA = 1.0, 3000.0
+SLOP = float(np.float32(0.1))  # px that shapes may overlap unpunished (Chipmunk: 0.1f)
+BIAS = 1 - float(np.float32(0.9)) ** (60 * DT)  # share of more overlap pushed out per substep
+ITERATIONS, PERSISTENCE = 10, 3  # sweeps of the solver; substeps that a lost contact is remembered
+_pd = np.array([[1 - STIFFNESS * DT**2, 1 - DAMPING * DT], [-STIFFNESS * DT**2, 1 - DAMPING * DT]])
+PD_RESPONSE = np.array([np.linalg.matrix_power(_pd, k + 1) for k in range(SUBSTEPS)])[..., None]
+
+# The 18 places for contacts: the agent with bar and stem; each wall (left, top, right, bottom) with
+# bar and stem at both ends of the edge that faces it. They belong to 10 pairs of shapes.
+PAIR = np.array([0, 1, *np.repeat(np.arange(2, 10), 2)])
+EDGE_NORMALS = np.array([-1, -1j, 1, 1j])  # of the edge that ends in corner 0, 1, 2, 3 of a box
+WALL_NORMALS = np.repeat([1, 1j, -1, -1j], 4)[:, None]  # inward
+WALL_LEVELS = np.repeat([WALLS[0], WALLS[0], -WALLS[1], -WALLS[1]], 4)[:, None]  # normal . x there
+WALL_CENTERS, WALL_HALF_LENGTH = MIDDLE * cross(WALL_NORMALS, 1 + 1j), 250.5
+_edge = (np.arange(4) - np.arange(4)[:, None]) % 4  # facing wall w after q quarter turns, [q, w]
+FACING_ENDS = ((_edge[..., None, None] - [0, 1]) % 4 + [[0], [4]]).reshape(4, 16).T
+
+# Leaves of the broad phase: bar, stem, agent. Their boxes are (left, top, -right, -bottom), so that
+# "contains" is <= and a union is a minimum. The first are those of gym-pusht's world as built.
+FIRST_LEAVES = np.array([[184, 238, 238], [297, 321, 382], [-328, -274, -274], [-333, -429, -418]])
+BOX_MIDDLES, LEAVES = np.array([-30j, 30j])[:, None, None], np.arange(3)[:, None]
+HALF_LONG, HALF_WIDE = np.array([60.0, 15.0])[:, None, None], np.array([15.0, 45.0])[:, None, None]
+
+
+def circle_contacts(agent):
+    """Where the circle meets the two boxes; agent (n,) in the block's frame.
+
+    Returns three (2, n) arrays: the boxes' points nearest to the circle's centre, the directions
+    from the centre to them, and the distances (negative where the centre is inside a box).
+    """
+    xy = as_floats(agent)
+    point = np.minimum(np.maximum(xy, LOW[:, None]), HIGH[:, None]).view(complex)[..., 0]
+    normal = point - agent
+    distance = np.abs(normal)
+    if np.count_nonzero(distance) == distance.size:
+        return point, normal / distance, distance
+    inside = distance == 0  # the circle's centre is in a box: leave through the nearest face
+    box, env = np.nonzero(inside)
+    gaps = np.concatenate([xy[env] - LOW[box], HIGH[box] - xy[env]], 1)
+    face, gap = gaps.argmin(1), gaps.min(1)
+    normal /= np.where(inside, 1, distance)
+    normal[inside], distance[inside] = -EDGE_NORMALS[face], -gap
+    point[inside] += EDGE_NORMALS[face] * gap
+    return point, normal, distance
+
+
+def wall_contacts(center, angle, rotation):
+    """Where the two boxes meet the four walls; center, angle, rotation (n,).
+
+    A wall touches the ends of the edge that faces it, or what is left of the edge where it sticks
+    out past the wall's own ends (cpCollision.c ContactPoints). Returns three (16, n) arrays: the
+    corner's index in 0..7, the contact in the block's frame, and the depth [px].
+    """
+    ends = FACING_ENDS[:, np.rint(angle / (np.pi / 2)).astype(int) % 4]
+    arm = CORNERS[ends] * rotation
+    past = np.abs(cross(WALL_NORMALS, center + arm) - WALL_CENTERS) - WALL_HALF_LENGTH
+    if np.count_nonzero(past > 0):
+        edge = arm.reshape(8, 2, -1)
+        edge = (edge[:, ::-1] - edge).reshape(16, -1)  # from this end to the other
+        length = np.maximum(np.abs(cross(WALL_NORMALS, edge)), 1e-9)  # along the wall
+        arm = arm + edge * np.clip(past / length, 0, 1)
+    return ends, arm * rotation.conj(), WALL_LEVELS - dot(WALL_NORMALS, center + arm)
+
+
+def solve_contacts(touch, normal, lever, speed, push_speed, start, kept):
+    """Chipmunk's impulse solver: ten sweeps of projected Gauss-Seidel over K contacts, all (K, n).
+
+    `speed` is to be stopped and `push_speed` to be reached to push out overlap: two systems with
+    one matrix. `start` are the impulses of the last substep, `kept` the part of them that is not
+    applied. Returns velocity (2, n), spin (2, n) of the two systems, and the impulses (K, n).
+    """
+    matrix = dot(normal[:, None], normal) / MASS + lever[:, None] * lever / INERTIA
+    sweep = range(len(normal))
+    scale = touch / matrix[sweep, sweep]
+    matrix *= scale[:, None]
+    right, least, x = np.zeros((3, len(normal), 2, normal.shape[1]))
+    right[:, 0], right[:, 1] = speed * scale, push_speed * scale
+    least[:, 0], x[:, 0] = -kept, start - kept
+    others = [[(matrix[i, j], x[j]) for j in sweep if j != i] for i in sweep]
+    for _ in range(ITERATIONS):
+        for i in sweep:
+            rest = right[i]
+            for weight, value in others[i]:
+                rest = rest - weight * value
+            np.maximum(rest, least[i], out=x[i])
+    velocity = sum(x[i] * normal[i] for i in sweep) / MASS
+    return velocity, sum(x[i] * lever[i] for i in sweep) / INERTIA, x[:, 0] + kept
+
+
+class World:
+    """B independent worlds of agent, block and walls."""
+
+    def place(self, state):
+        """Put agents and blocks at rest, (B, 5), and let Chipmunk find their contacts once."""
+        B = len(state)
+        self._agent, self._agent_velocity = as_complex(state[:, :2]), np.zeros(B, complex)
+        angle = state[:, 4].copy()
+        self._block = {
+            "center": as_complex(state[:, 2:4]) + CENTER * np.exp(1j * angle), "angle": angle,
+            "velocity": np.zeros(B, complex), "spin": np.zeros(B),
+            "contact_velocity": np.zeros(B, complex),  # without the push out of overlap
+            "impulse": np.zeros((18, B)), "corner": np.full((18, B), -1),
+            "touched": np.full((10, B), -1 - PERSISTENCE),  # substep of the last contact
+        }
+        self._tree = {"box": np.tile(FIRST_LEAVES[..., None] * 1.0, B), "rank": np.tile(LEAVES, B),
+                      "moved": np.full((3, B), -1)}
+        self._clock = 0
+        return self._simulate(self._agent[None], self._agent_velocity[None], wake=True)
+
+    def drive(self, target):
+        """One control step: the agents head for target (B,) complex. Returns which blocks moved."""
+        offset = self._agent - target
+        path = target + PD_RESPONSE[:, 0, 0] * offset + PD_RESPONSE[:, 0, 1] * self._agent_velocity
+        velocity = PD_RESPONSE[:, 1, 0] * offset + PD_RESPONSE[:, 1, 1] * self._agent_velocity
+        moved = self._simulate(path, velocity)
+        self._agent, self._agent_velocity = path[-1].copy(), velocity[-1].copy()
+        return moved
+
+    def block_pose(self):
+        """(B, 3): x, y [px] and angle [rad] of the block; the angle is not wrapped."""
+        center, angle = self._block["center"], self._block["angle"]
+        origin = center - CENTER * np.exp(1j * angle)
+        return np.stack([origin.real, origin.imag, angle], 1)
+
+    def _simulate(self, path, velocity, wake=False):
+        """Move the blocks while the agents follow their paths (substeps, B); returns who did."""
+        block, substeps = self._block, len(path)
+        center, rotation = block["center"], np.exp(1j * block["angle"])
+        past = np.zeros((3, *path.shape), complex)  # what the broad phase has to know
+        past[0], past[1] = center, rotation
+        awake = (block["velocity"] != 0) | (block["spin"] != 0) | wake
+        if not awake.all():  # a block at rest sleeps until the agent touches it
+            near = np.flatnonzero((np.abs(path - center).min(0) < REACH + AGENT_RADIUS) & ~awake)
+            if len(near):
+                agent = (path[:, near] - center[near]) * rotation[near].conj()
+                distance = circle_contacts(agent.ravel())[2].reshape(2, substeps, -1)
+                awake[near] = (distance <= AGENT_RADIUS).any((0, 1))
+        envs = np.flatnonzero(awake)
+        self._known = np.zeros(len(center), int)  # substeps that the broad phase has seen
+        if len(envs):
+            run = SimpleNamespace(envs=envs, block=block, path=path, velocity=velocity, past=past)
+            if len(envs) < len(center):
+                run.block = {name: value[..., envs] for name, value in block.items()}
+                run.path, run.velocity = path[:, envs], velocity[:, envs]
+                run.past = past[:, :, envs]
+            # In a step the block goes no farther than by its own velocity, the agent's way, and
+            # the deepest overlap, which is 30 px. Only near a wall need walls be looked for.
+            reach = REACH + np.abs(run.block["velocity"]) + np.abs(run.velocity).sum(0) + 30
+            offset = np.abs(as_floats(run.block["center"]) - MIDDLE).max(1)
+            run.walled = np.flatnonzero(offset + reach >= FREE)
+            for k in range(substeps):
+                self._substep(run, k)
+            if len(envs) < len(center):
+                past[:, :, envs] = run.past
+                for name, value in run.block.items():
+                    block[name][..., envs] = value
+        self._follow(np.arange(len(center)), path, velocity, past)
+        self._clock += substeps
+        return envs
+
+    def _substep(self, run, k):
+        block, clock = run.block, self._clock + k
+        block["center"] += block["velocity"]
+        block["angle"] += block["spin"]
+        center, rotation = block["center"], np.exp(1j * block["angle"])
+        run.past[0, k], run.past[1, k], run.past[2, k] = center, rotation, block["contact_velocity"]
+        back = rotation.conj()
+        point, normal, distance = circle_contacts((run.path[k] - center) * back)
+        touch = distance <= AGENT_RADIUS
+        at_wall = run.walled
+        if len(at_wall):
+            corners = center[at_wall] - MIDDLE * (1 + 1j) + CORNERS[:, None] * rotation[at_wall]
+            farthest = np.abs(corners.view(float)).max(0).reshape(-1, 2).max(1)
+            at_wall = at_wall[farthest >= FREE]
+        if np.count_nonzero(touch) + len(at_wall) == 0:
+            block["velocity"][:], block["contact_velocity"][:], block["spin"][:] = 0, 0, 0
+            return
+        # One contact, in closed form: the block must not be slower than the agent along the normal,
+        # and overlap is pushed out on top. Without friction there is nothing else.
+        lever = cross(point, normal)
+        mass = touch * (INERTIA / (INERTIA / MASS + lever * lever))  # that the contact feels
+        speed = dot(normal, run.velocity[k] * back)
+        push_speed = BIAS * np.maximum(AGENT_RADIUS - SLOP - distance, 0)
+        # A contact lost for one or two substeps keeps its impulse, but that is not applied.
+        missed = clock - 1 - block["touched"][:2]
+        kept = block["impulse"][:2] * ((missed > 0) & (missed < PERSISTENCE) & touch)
+        impulse = np.maximum(speed * mass, -kept)
+        total = impulse + push_speed * mass
+        contact_velocity, velocity, spin = impulse * normal, total * normal, total * lever
+        contact_velocity = contact_velocity[0] + contact_velocity[1]
+        velocity, spin = velocity[0] + velocity[1], (spin[0] + spin[1]) / INERTIA
+        impulse += kept
+        several = touch[0] & touch[1]
+        several[at_wall] = True
+        if np.count_nonzero(several):
+            several, = several.nonzero()
+            contacts = (a[:, several] for a in (touch, point, normal, lever, speed, push_speed))
+            deep = (distance[:, several] < 0).any(0)  # agent within the block: contacts disagree
+            both, spin[several], impulse[:, several] = self._solve(
+                run, k, several, deep, len(at_wall) > 0, *contacts)
+            contact_velocity[several], velocity[several] = both[0], both[0] + both[1]
+        block["contact_velocity"] = contact_velocity * rotation
+        block["velocity"] = velocity * rotation
+        block["spin"] = spin
+        np.copyto(block["impulse"][:2], impulse, where=touch)
+        np.copyto(block["touched"][:2], clock, where=touch)
+
+    def _solve(self, run, k, rows, deep, walls, touch, point, normal, lever, speed, push_speed):
+        """Solve the environments `rows`, which have several contacts; the agent's are (2, n)."""
+        walls = walls or np.count_nonzero(deep) > 0
+        block, n, slots = run.block, len(rows), 18 if walls else 2
+        corner = np.full((slots, n), -1)
+        if walls:
+            rotation = run.past[1, k, rows]
+            center, angle = block["center"][rows], block["angle"][rows]
+            corner[2:], arm, depth = wall_contacts(center, angle, rotation)
+            wall_normal = WALL_NORMALS * rotation.conj()
+            touch = np.concatenate([touch, depth >= 0])
+            normal = np.concatenate([normal, wall_normal])
+            lever = np.concatenate([lever, cross(arm, wall_normal)])
+            speed = np.concatenate([speed, 0 * depth])
+            push_speed = np.concatenate([push_speed, BIAS * np.maximum(depth - SLOP, 0)])
+        missed = self._clock + k - 1 - block["touched"][:, rows][PAIR[:slots]]
+        same = (missed < PERSISTENCE) & (corner == block["corner"][:slots, rows])
+        start = block["impulse"][:slots, rows] * (same & touch)
+        contacts = touch, normal, lever, speed, push_speed, start, start * (missed > 0)
+        if not walls:
+            velocity, spin, impulse = solve_contacts(*contacts)
+            return velocity, spin[0] + spin[1], impulse
+        order, disputed = np.repeat(np.arange(18)[:, None], n, 1), (depth >= 0).any(0) | deep
+        order[:, disputed] = self._order(run, k, rows[disputed])
+        order = np.argsort(np.where(touch, order, 1000), 0, kind="stable")[:touch.sum(0).max()]
+        every = np.arange(n)
+        velocity, spin, solved = solve_contacts(*(a[order, every] for a in contacts))
+        impulse = np.zeros((18, n))
+        impulse[order, every] = solved
+        pair = touch[2::2] | touch[3::2]
+        held = np.repeat(pair, 2, 0)
+        block["touched"][2:, rows] = np.where(pair, self._clock + k, block["touched"][2:, rows])
+        block["impulse"][2:, rows] = np.where(held, impulse[2:], block["impulse"][2:, rows])
+        block["corner"][2:, rows] = np.where(held, corner[2:], block["corner"][2:, rows])
+        return velocity, spin[0] + spin[1], impulse[:2]
+
+    def _order(self, run, k, rows):
+        """When the solver visits each of the 18 contacts, (18, n): smaller is earlier.
+
+        Squeezed between agent and wall, ten sweeps do not converge, and their order decides where
+        the block goes. Chipmunk lists contacts leaf by leaf, in the order of its tree; under a
+        leaf, the pairs that it forms with earlier leaves and walls, the newest first. A leaf that
+        has just moved makes its pairs anew: with walls first, in the walls' tree order.
+        """
+        self._follow(run.envs[rows], run.path[:k + 1, rows], run.velocity[:k + 1, rows],
+                     run.past[:, :k + 1, rows])
+        rank, moved = self._tree["rank"][:, run.envs[rows]], self._tree["moved"][:, run.envs[rows]]
+        block, agent = rank[:2], rank[2]
+        now = moved[:2] == self._clock + k
+        paired = 4 * np.maximum(moved[:2], moved[2]) + block
+        walls_first = now | (moved[:2] == moved[2])
+        contacts = np.where(agent > block, 16 * agent + (paired < paired[::-1]),
+                            16 * block + np.where(walls_first, 5, -1))
+        wall = np.arange(4)[:, None, None]
+        walls = (16 * block + np.where(now, 3 - wall, wall)).reshape(8, -1)
+        return np.concatenate([contacts, np.repeat(walls, 2, 0)])
+
+    def _follow(self, envs, path, path_velocity, past):
+        """Follow Chipmunk's tree of bounding boxes over the substeps that it has not seen yet.
+
+        A leaf's box is fattened; when the shape leaves it, the leaf is taken out, fattened anew
+        in the direction of its motion, and put back before the leaf with which the tree grows
+        least (cpBBTree.c LeafUpdate, SubtreeInsert). `rank` is the order of the three leaves.
+        """
+        boxes, ranks, moved = self._tree["box"], self._tree["rank"], self._tree["moved"]
+        known, until = self._known[envs], len(path)
+        self._known[envs] = until
+        since = known.min()
+        path, (center, rotation, velocity) = path[since:], past[:, since:]
+        middle = center + BOX_MIDDLES * rotation
+        cos, sin = np.abs(rotation.real), np.abs(rotation.imag)
+        half_x, half_y = HALF_LONG * cos + HALF_WIDE * sin, HALF_LONG * sin + HALF_WIDE * cos
+        box = np.empty((4, 3, *path.shape))  # side, leaf, substep, environment
+        box[0, :2], box[1, :2] = middle.real - half_x, middle.imag - half_y
+        box[2, :2], box[3, :2] = -middle.real - half_x, -middle.imag - half_y
+        box[0, 2], box[1, 2], box[2, 2], box[3, 2] = path.real, path.imag, -path.real, -path.imag
+        box[:, 2] -= AGENT_RADIUS
+        out = (boxes[:, :, None, envs] > box).any(0)
+        time, column, never = np.arange(until - since)[:, None], np.arange(len(envs)), 3 * until
+        out &= time >= known - since
+        while np.count_nonzero(out):  # one event of each environment in turn
+            here = out[:, :, column]
+            first = np.where(here.any(1), 3 * here.argmax(1) + LEAVES, never).min(0)
+            column, first = column[first < never], first[first < never]
+            env, (substep, leaf) = envs[column], np.divmod(first, 3)
+            new = box[:, leaf, substep, column]
+            ahead = np.where(leaf == 2, path_velocity[since + substep, column],
+                             velocity[substep, column]) * (0.1 / DT)
+            ahead, margin = np.stack([ahead.real, ahead.imag]), -0.1 * (new[:2] + new[2:])
+            new[:2] -= np.maximum(margin, -ahead)
+            new[2:] -= np.maximum(margin, ahead)
+            boxes[:, leaf, env] = new
+            moved[leaf, env] = self._clock + since + substep
+            one, two = (leaf + 1) % 3, (leaf + 2) % 3
+            swap = ranks[one, env] > ranks[two, env]
+            one, two = np.where(swap, two, one), np.where(swap, one, two)
+            second = joins_second(boxes[:, one, env], boxes[:, two, env], new)
+            ranks[leaf, env], ranks[one, env], ranks[two, env] = second, 1 - second, 2
+            still = (new.T[..., None] > box[:, leaf, :, column]).any(1)
+            out[leaf, :, column] = still & (time.T > substep[:, None])
+
+
+def joins_second(one, two, new):
+    """Does the tree (one, two) grow less if a new leaf joins two? Boxes are (4, n)."""
+    def area(box):
+        return (box[0] + box[2]) * (box[1] + box[3])
+
+    def away(box):
+        return np.abs(box[:2] - box[2:] - new[:2] + new[2:]).sum(0)
+    first = area(two) + area(np.minimum(one, new))
+    second = area(one) + area(np.minimum(two, new))
+    return np.where(first == second, away(two) < away(one), second < first) * 1
+
+
+# Environment -------------------------------------------------------------------------------------
+
+def start_full(rng):
+    """The benchmark's start law and gym-pusht 0.1.8's very numbers: (5,) state."""
+    agent, block = rng.integers(50, 450, 2), rng.integers(100, 400, 2)
+    return np.concatenate([agent, from_legacy([*block, rng.uniform(-np.pi, np.pi)])])
+
+
+def start_near(rng):
+    """Block within 60 px and 0.75 rad of the goal, agent anywhere free of the block: (5,) state."""
+    away = 60 * np.sqrt(rng.uniform()) * np.exp(2j * np.pi * rng.uniform())
+    pose = GOAL + [away.real, away.imag, rng.uniform(-0.75, 0.75)]
+    agents = rng.uniform(50, 450, (32, 2))  # at least one of 32 is free, but for a chance of 1e-30
+    local = as_complex(agents - pose[:2]) * np.exp(-1j * pose[2]) - CENTER
+    free = (circle_contacts(local)[2] > AGENT_RADIUS).all(0)
+    return np.concatenate([agents[free.argmax()], pose])
+
+
+START = {"full": start_full, "near": start_near}
+OBSERVATIONS = "state", "keypoints", "pixels"
+
+
+class PushT(World):
+    """B environments in one. An environment's results do not depend on its neighbours.
+
+    task: "full" (the benchmark's starts) or "near"; observation: "state" (B, 5), "keypoints"
+    (B, 18: eight corners, agent) or "pixels" (B, 96, 96, 3) uint8; truncated after max_steps.
+    """
+
+    def __init__(self, num_envs=1, task="full", success_threshold=0.95, max_steps=300,
+                 observation="state"):
+        if task not in START:
+            raise ValueError(f"task is {task!r}; allowed: {', '.join(START)}")
+        if observation not in OBSERVATIONS:
+            raise ValueError(f"observation is {observation!r}; allowed: {', '.join(OBSERVATIONS)}")
+        if num_envs < 1:
+            raise ValueError(f"num_envs is {num_envs}; it must be at least 1")
+        self.num_envs, self.task, self.observation = num_envs, task, observation
+        self.success_threshold, self.max_steps = success_threshold, max_steps
+        self.reset(0)
+
+    def reset(self, seed=0):
+        """Start anew: environment i from seed + i, or from seed[i]; returns the observation.
+
+        In task "full" these are the very scenes of gym-pusht 0.1.8's `reset(seed=...)`.
+        """
+        seeds = seed + np.arange(self.num_envs) if np.ndim(seed) == 0 else seed
+        return self.set_state([START[self.task](np.random.default_rng(int(s))) for s in seeds])
+
+    def set_state(self, state):
+        """Set exactly this state, (B, 5) as `state` has it, all at rest; returns the observation.
+
+        To set what gym-pusht's `reset_to_state` would, pass the pose through `from_legacy`.
+        """
+        self.place(self._checked("state", state, 5))
+        self.steps = np.zeros(self.num_envs, int)
+        self._coverage = block_coverage(self.block_pose())
+        self.max_coverage = np.zeros(self.num_envs)
+        return self.observe()
+
+    def step(self, actions):
+        """One control step of 0.1 s; actions (B, 2): the agents' targets [px].
+
+        Returns observation, reward (B,) = min(coverage / threshold, 1), terminated (B,), truncated
+        (B,) and info: coverage, max_coverage since the start, is_success. It never resets anything.
+        """
+        moved = self.drive(as_complex(self._checked("actions", actions, 2)))
+        if len(moved):
+            self._coverage[moved] = block_coverage(self.block_pose()[moved])
+        self.steps += 1
+        self.max_coverage = np.maximum(self.max_coverage, self._coverage)
+        terminated = self._coverage > self.success_threshold
+        reward = np.minimum(self._coverage / self.success_threshold, 1)
+        info = {"coverage": self.coverage(), "max_coverage": self.max_coverage,
+                "is_success": terminated}
+        return self.observe(), reward, terminated, self.steps >= self.max_steps, info
+
+    def _checked(self, name, values, width):
+        values = np.array(values, float)
+        if values.shape != (self.num_envs, width):
+            raise ValueError(f"{name} has shape {values.shape}; "
+                             f"expected ({self.num_envs}, {width})")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} must be finite numbers of shape ({self.num_envs}, {width}); "
+                             "it holds NaN or infinity")
+        return values
+
+    def state(self):
+        """(B, 5): agent x, y, block x, y [px], block angle in [0, 2 pi)."""
+        state = np.concatenate([as_floats(self._agent), self.block_pose()], 1)
+        state[:, 4] %= 2 * np.pi
+        return state
+
+    def coverage(self):
+        """(B,) share of the goal that the block covers now."""
+        return self._coverage.copy()
+
+    def observe(self):
+        """The kind of observation chosen at construction."""
+        if self.observation == "pixels":
+            return self.render()
+        if self.observation == "keypoints":
+            corners = keypoints(self.block_pose()).reshape(self.num_envs, 16)
+            return np.concatenate([corners, as_floats(self._agent)], 1)
+        return self.state()
+
+    def render(self, size=96):
+        """Pictures of all environments, (B, size, size, 3) uint8."""
+        return draw_states(self.state(), size)
+
+    def keep(self, mask):
+        """Go on with the environments where mask (B,) is true, drop the others."""
+        for values in vars(self), self._block, self._tree:
+            for name, value in values.items():
+                if isinstance(value, np.ndarray):
+                    values[name] = value[..., mask]
+        self.num_envs = len(self._agent)
+
+
+# Picture -----------------------------------------------------------------------------------------
+COLORS = {"board": (255, 255, 255), "goal": (144, 238, 144), "fill": (143, 163, 184),
+          "edge": (119, 136, 153), "agent": (78, 126, 255), "rim": (65, 105, 225),
+          "wall": (211, 211, 211)}  # gym-pusht's
+
+
+@lru_cache(maxsize=4)  # one for each size
+class Painter:
+    """Draws states as gym-pusht does: shapes on a 512 px canvas, resampled bilinearly to `size`.
+
+    Only the two canvas rows and columns on which a row or column of the result depends, its
+    "taps", are computed, and only in a window around block and agent.
+    """
+
+    def __init__(self, size):
+        self.size = size
+        place = (np.arange(size) + 0.5) * BOARD / size - 0.5  # of the result's pixels on the canvas
+        first = np.clip(np.floor(place), 0, BOARD - 2)
+        share = np.clip(place - first, 0, 1)
+        self.taps = np.stack([first, first + 1], 1).ravel().astype(np.float32)
+        self.share = np.stack([1 - share, share], 1).ravel().astype(np.float32)
+        out = np.abs(self.taps - MIDDLE) - FREE
+        out = np.maximum(out, out[:, None])
+        self.wall = self.shrink((out >= 0) & (out <= 4))[..., None]
+        self.rim = int(np.ceil(9 * size / BOARD))  # pixels within which the walls are
+        self.background = np.full((1, size, size, 3), COLORS["board"], np.uint8)
+        self.draw_block(self.background, GOAL[None], 0.5, ("goal", "goal"))
+
+    def shrink(self, mask, x=slice(None), y=slice(None)):
+        """Bilinear share (..., P, P) of a mask (..., 2P, 2P) on the taps y, x."""
+        mask = mask * self.share[x][..., None, :]
+        mask = (mask[..., ::2] + mask[..., 1::2]) * self.share[y][..., None]
+        return mask[..., ::2, :] + mask[..., 1::2, :]
+
+    def window(self, center, extent):
+        """P x P pixels around center (n, 2) px: the first pixel (n, 2), the taps x, y (n, 2P)."""
+        width = min(int(2 * extent * self.size / BOARD) + 3, self.size)
+        first = (center - extent) * self.size / BOARD - 0.5
+        first = np.clip(first, 0, self.size - width).astype(int)
+        taps = 2 * first[..., None] + np.arange(2 * width)
+        return first, taps[:, 0], taps[:, 1]
+
+    def blend(self, images, window, masks, colors):
+        """Paint masks (n, 2P, 2P) in their colors over a window of the images, in place."""
+        first, x, y = window
+        shares = [self.shrink(mask, x, y)[:, None] for mask in masks]
+        size = shares[0].shape[2:]
+        # all windows of all images as one view (n, row, column, 3, P, P): n of them are changed
+        windows = np.lib.stride_tricks.sliding_window_view(images, size, (1, 2), writeable=True)
+        chosen = np.arange(len(images)), first[:, 1], first[:, 0]
+        patch = windows[chosen] * (1 - sum(shares)) + np.float32(0.5)
+        for share, color in zip(shares, colors):
+            patch += share * np.float32(COLORS[color])[:, None, None]
+        windows[chosen] = patch.astype(np.uint8)
+
+    def draw_block(self, images, pose, border, colors):
+        corners, turn = keypoints(pose), np.exp(-1j * pose[:, 2:]).astype(np.complex64)
+        window = self.window((corners.min(1) + corners.max(1)) / 2, 73)  # half its extent, edge
+        x = (self.taps[window[1]] - pose[:, :1].astype(np.float32)) * turn
+        y = (self.taps[window[2]] - pose[:, 1:2].astype(np.float32)) * (1j * turn)
+        across = np.abs(y.real[..., None] + x.real[:, None])  # the taps in the block's frame
+        down = y.imag[..., None] + x.imag[:, None]
+        edge = fill = np.zeros(across.shape, bool)
+        for (_, top), (half, bottom) in BOXES:
+            along = np.abs(down - np.float32((top + bottom) / 2))
+            solid = (across <= half + border) & (along <= (bottom - top) / 2 + border)
+            inner = (across < half - border) & (along < (bottom - top) / 2 - border)
+            fill, edge = inner | (fill & ~solid), (edge | solid) & ~inner
+        self.blend(images, window, (fill, edge & ~fill), colors)
+
+    def draw_agent(self, images, agent):
+        agent = np.clip(agent, -BOARD, 2 * BOARD)
+        window = self.window(agent, AGENT_RADIUS + 1)
+        agent = np.rint(agent).astype(np.float32)
+        x, y = self.taps[window[1]] - agent[:, :1], self.taps[window[2]] - agent[:, 1:]
+        square = (y * y)[..., None] + (x * x)[:, None]
+        inner, disc = square <= (AGENT_RADIUS - 4) ** 2, square <= AGENT_RADIUS ** 2
+        self.blend(images, window, (inner, disc & ~inner), ("agent", "rim"))
+
+    def __call__(self, states):
+        images = np.repeat(self.background, len(states), 0)
+        self.draw_block(images, states[:, 2:], 2.5, ("fill", "edge"))
+        self.draw_agent(images, states[:, :2])
+        low, high, every = slice(self.rim), slice(-self.rim, None), slice(None)
+        middle = slice(self.rim, -self.rim)
+        for rows, columns in (low, every), (high, every), (middle, low), (middle, high):
+            share, strip = self.wall[rows, columns], images[:, rows, columns]
+            strip[:] = strip * (1 - share) + share * np.float32(COLORS["wall"]) + np.float32(0.5)
+        return images
+
+
+def draw_states(states, size=96, chunk=64):
+    """Pictures of states (..., 5) as gym-pusht draws them: (..., size, size, 3) uint8 RGB."""
+    states = np.asarray(states, float)
+    flat, painter = states.reshape(-1, 5), Painter(size)  # in chunks that fit into the cache
+    images = [painter(flat[i:i + chunk]) for i in range(0, len(flat), chunk)]
+    return np.concatenate(images).reshape(*states.shape[:-1], size, size, 3)
+
+
+def draw_rollouts(states, lengths, folder, size=192, columns=4, rows=2, every=3):
+    """Save the first rollouts as `rollouts.png` (agents' ways, last frames) and `rollout.gif`.
+
+    states (steps + 1, B, 5); lengths (B,): the steps of each rollout that count; folder: a path.
+    """
+    from matplotlib.animation import FuncAnimation, PillowWriter
+    from matplotlib.figure import Figure
+    states, folder = np.asarray(states)[:, :rows * columns], Path(folder)
+    lengths = np.minimum(lengths[:rows * columns], len(states) - 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    last = states[lengths, np.arange(len(lengths))]
+    figure = Figure(figsize=(2 * columns, 2.1 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for i, (axis, length, coverage) in enumerate(zip(axes, lengths, block_coverage(last[:, 2:]))):
+        axis.imshow(draw_states(last[i], size), extent=(0, BOARD, BOARD, 0))
+        axis.plot(*states[:length + 1, i, :2].T, color="tab:orange", linewidth=1)
+        axis.set_title(f"{length} steps, coverage {coverage:.2f}", fontsize=8)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.94, 0.04, 0.12)
+    figure.savefig(folder / "rollouts.png", dpi=120)
+    times = [*range(0, lengths.max() + 1, every), *[lengths.max()] * 5]  # the end stays for a while
+    images = [axis.images[0] for axis, _ in zip(axes, lengths)]
+    for axis in axes:
+        axis.set_title("")
+        for line in axis.lines:
+            line.remove()
+
+    def show(time):
+        frames = draw_states(states[np.minimum(time, lengths), np.arange(len(lengths))], size)
+        for image, frame in zip(images, frames):
+            image.set_data(frame)
+    FuncAnimation(figure, show, times).save(folder / "rollout.gif", PillowWriter(fps=10), dpi=60)
+
+
+# Expert ------------------------------------------------------------------------------------------
+# Without friction the block moves only while it is pushed. A push at contact point r along the
+# inward normal n turns it by torque / (INERTIA + torque^2) rad per px, torque = r x n, about a
+# pivot that is fixed in the block, INERTIA / torque px beside the centre of mass. So every pose
+# that a push can reach is known in closed form: planning needs no simulation. (Walls are ignored.)
+
+# Costs of a plan, in px of corner distance left at its end. Effort counts in proportion to the
+# distance to the goal (fully from FAR px on), or the last corrections would never pay. A high cost
+# of travel keeps the expert at the face in contact: fewer decisions for a policy to get wrong.
+TRAVEL_COST, LENGTH_COST, PUSH_COST = 0.15, 0.05, 2.0  # per px of way, per px of push, per push
+FAR, NEAREST_SHARE, TOLERANCE = 40.0, 0.05, 0.3  # px, share of the effort at the goal, px
+# How far ahead the target lies, px: low + slope * distance to the goal, at most high. The agent
+# covers half of it in a step. Slow near the goal, for a policy acts 8 steps on one look.
+PUSH_AHEAD, TRAVEL_AHEAD = (3.0, 0.3, 16.0), (20.0, 0.2, 30.0)
+CLEARANCE = 10.0  # px between agent and block while travelling: small errors must not touch it
+FORBIDDEN = 1e4  # px, the cost of a way that cannot be gone
+# Demonstrations: the noise (px, standard deviation) is dealt out evenly over the episodes.
+NOISE, CLOSE_SHARE, STOP_COVERAGE = (0.0, 0.8, 1.5), 0.3, 0.965
+
+_SPREAD = KEYPOINTS.var(0).sum()  # px^2: a turn by psi moves the corners sqrt(_SPREAD) psi (RMS)
+_FACES = [(-52, 52, 7, 1j), (-8 + 120j, 8 + 120j, 3, -1j),  # first, last contact, number, normal
+          (60 + 15j, 60 + 15j, 1, -1), (-60 + 15j, -60 + 15j, 1, 1),
+          (52 + 30j, 36 + 30j, 2, -1j), (-52 + 30j, -36 + 30j, 2, -1j),
+          (15 + 50j, 15 + 112j, 4, -1), (-15 + 50j, -15 + 112j, 4, 1)]
+_NODES = CORNERS[[0, 1, 2, 6, 7, 3]] + (AGENT_RADIUS + CLEARANCE) * np.array(
+    [-1 - 1j, 1 - 1j, 1 + 1j, 1 + 1j, -1 + 1j, -1 + 1j])  # around the convex corners
+
+
+def _blocked(start, end):
+    """FORBIDDEN where the straight way from start to end comes too near the block, else 0."""
+    way, blocked = end - start, False
+    reach = AGENT_RADIUS + CLEARANCE - 0.01  # sliding along the outline is allowed
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for low, high in BOXES - CENTER_OF_MASS + [[[-reach], [reach]]]:
+            x = (low[0] - start.real) / way.real, (high[0] - start.real) / way.real
+            y = (low[1] - start.imag) / way.imag, (high[1] - start.imag) / way.imag
+            enter = np.maximum(np.fmin(*x), np.fmin(*y))
+            leave = np.minimum(np.fmax(*x), np.fmax(*y))
+            blocked |= (enter < leave) & (leave > 0) & (enter < 1)
+    return FORBIDDEN * blocked
+
+
+def _outside(points):
+    """The nearest points at which the agent keeps CLEARANCE. Block frame, any shape."""
+    side, x, y = np.where(points.real < 0, -1, 1), np.abs(points.real), points.imag
+    (bar, stem), reach = BOXES - CENTER_OF_MASS, AGENT_RADIUS + CLEARANCE
+    wide, narrow = bar[1, 0] + reach, stem[1, 0] + reach
+    top, notch, end = bar[0, 1] - reach, bar[1, 1] + reach, stem[1, 1] + reach
+    inside = (y > top) & (y < end) & (x < np.where(y < notch, wide, narrow))
+    exits = np.stack([x + 1j * top, wide + 1j * np.minimum(y, notch), x + 1j * end,
+                      np.maximum(x, narrow) + 1j * notch, narrow + 1j * np.maximum(y, notch)])
+    nearest = np.abs(exits - (x + 1j * y)).argmin(0)
+    exits = np.take_along_axis(exits, nearest[None], 0)[0]
+    return np.where(inside, side * exits.real + 1j * exits.imag, points)
+
+
+def _around(closed):
+    """Ways between the nodes, closed (..., 6) added cost -> forwards, shortest: (..., 6, 6) px."""
+    edges = np.abs(np.roll(_NODES, -1) - _NODES) + closed + np.roll(closed, -1, -1)
+    position = np.concatenate([np.zeros_like(edges[..., :1]), edges.cumsum(-1)], -1)
+    total = position[..., -1:, None]
+    forward = (position[..., None, :6] - position[..., :6, None]) % total
+    return forward, np.minimum(forward, total - forward)
+
+
+_NORMAL = np.concatenate([np.full(number, normal, complex) for _, _, number, normal in _FACES])
+_POINT = np.concatenate([np.linspace(*face[:3]) for face in _FACES]) - CENTER
+_TORQUE = cross(_POINT, _NORMAL)
+_TORQUE[np.abs(_TORQUE) < 0.01] = 0.01  # a push through the centre of mass: a very wide circle
+_PIVOT = 1j * _NORMAL * INERTIA / _TORQUE
+_RATE = _TORQUE / (INERTIA + _TORQUE ** 2)  # rad per px of push
+_CONTACT = _POINT - AGENT_RADIUS * _NORMAL  # where the agent's centre is
+_ADVANCE = 1j * _RATE * (_CONTACT - _PIVOT)  # how that place moves per px of push
+_WAIT = _outside(_CONTACT - CLEARANCE * _NORMAL)  # from where it is approached
+_TAIL = np.abs(_NODES[:, None] - _WAIT) + _blocked(_NODES[:, None], _WAIT)  # (6, K) px
+_VIA = (_TAIL[:, None] + _around(np.zeros(6))[1][..., None]).min(0)
+_CHANGE = 2 * CLEARANCE + np.minimum(  # the way from contact to contact, (K, K) px
+    np.abs(_WAIT[:, None] - _WAIT) + _blocked(_WAIT[:, None], _WAIT),
+    (_VIA[..., None] + _TAIL[:, None]).min(0))
+
+
+def _distance(error, turn):
+    """RMS distance of the corners from the goal's. error: complex px, turn: exp(i angle error)."""
+    return np.sqrt(np.abs(error) ** 2 + 2 * _SPREAD * (1 - turn.real))
+
+
+def _best_turn(error, turn, pivot, rate):
+    """How far to turn the block about the pivot so that it comes nearest to the goal, rad.
+
+    The squared distance is const - 2 Re(z exp(i psi)), so psi = -arg z, or 0 where the push turns
+    the other way. Goal frame; rate: rad per px of push.
+    """
+    psi = -np.angle(_SPREAD * turn - np.conj(pivot) * (error - pivot))
+    return np.where(psi / rate > 0.01, psi, 0)  # a push below 0.01 px is rounding
+
+
+def _plan(error, turn, travel):
+    """The first of the one or two pushes that together cost least.
+
+    error (B,) px, turn (B,) in the goal's frame, travel (B, K) px to the contacts -> contact (B,)
+    """
+    share = np.clip(_distance(error, turn) / FAR, NEAREST_SHARE, 1)[:, None, None]
+    error, turn = error[:, None, None], turn[:, None, None]
+    rate, pivot = _RATE[:, None], error + turn * _PIVOT[:, None]
+    first = _best_turn(error, turn, pivot, rate)  # (B, K, 1): as if it were the only push
+    for refine in (True, False):
+        middle, turned = pivot + (error - pivot) * np.exp(1j * first), turn * np.exp(1j * first)
+        pivot2 = middle + turned * _PIVOT
+        second = _best_turn(middle, turned, pivot2, _RATE)  # (B, K, K)
+        end, turned = pivot2 + (middle - pivot2) * np.exp(1j * second), turned * np.exp(1j * second)
+        if refine:  # one Gauss-Newton step for both angles; exact in the limit of short pushes
+            arm, arm2 = end - pivot, end - pivot2
+            slope, slope2 = (cross(a, end) + _SPREAD * turned.imag for a in (arm, arm2))
+            a, b, c = (dot(*pair) + _SPREAD for pair in ((arm, arm), (arm2, arm2), (arm, arm2)))
+            both = (c * slope2 - b * slope) / (1.001 * a * b - c * c)  # 1.001: the same pivot twice
+            first = first + np.clip(np.where(second != 0, both, -slope / a), -0.5, 0.5)
+            first = np.where(first * rate > 0, first, 0)
+    again = second != 0
+    effort = (TRAVEL_COST * (travel[:, :, None] + again * _CHANGE) + PUSH_COST * (1 + again)
+              + LENGTH_COST * (first / rate + second / _RATE))
+    cost = np.hypot(_distance(end, turned), TOLERANCE) + share * effort
+    cost = cost + FORBIDDEN * (first == 0)  # to wait is no plan
+    return cost.min(2).argmin(1)
+
+
+def expert_action(state):
+    """The expert's action, where to move the agent next: (B, 5) state -> (B, 2) px.
+
+    It depends on the state alone, never on a running plan, for a policy sees only the state. Plan
+    the pushes afresh; if the agent is in the lane before the best contact, push along the inward
+    normal, else travel there around the block.
+    """
+    rows = np.arange(len(state))
+    agent, angle = state[:, 0] + 1j * state[:, 1], np.exp(1j * state[:, 4])
+    center = state[:, 2] + 1j * state[:, 3] + angle * CENTER
+    local = (agent - center) / angle
+    goal_angle = np.exp(1j * GOAL[2])
+    error = (center - complex(*GOAL[:2])) / goal_angle - CENTER
+    turn = angle / goal_angle
+
+    def off_board(points):
+        points = center[:, None] + angle[:, None] * points
+        return FORBIDDEN * (np.maximum(np.abs(points.real - 256), np.abs(points.imag - 256)) > 253)
+
+    # The ways to all contacts: straight, or along the ring of nodes around the block.
+    offset = local[:, None] - _CONTACT
+    gap, aside = -dot(_NORMAL, offset), np.abs(cross(_NORMAL, offset))
+    in_lane = (gap > -4) & (gap < CLEARANCE + 1) & (aside < 4 + 0.6 * np.maximum(gap, 0))
+    start, closed = _outside(local), off_board(_NODES)
+    forward, ring = _around(closed)
+    head = np.abs(_NODES - start[:, None]) + _blocked(start[:, None], _NODES) + closed
+    to_node = head[:, :, None] + ring  # (B, first node, last node)
+    by_ring = (to_node.min(1)[:, :, None] + _TAIL).min(1)
+    direct = np.abs(_WAIT - start[:, None]) + _blocked(start[:, None], _WAIT)
+    way = np.abs(start - local)[:, None] + np.minimum(direct, by_ring) + CLEARANCE
+    travel = np.where(in_lane, np.abs(gap) + aside, way) + off_board(_CONTACT)
+
+    k = _plan(error, turn, travel)
+    in_lane, gap, aside, way = in_lane[rows, k], gap[rows, k], aside[rows, k], way[rows, k]
+    push_ahead, travel_ahead = (np.minimum(low + slope * _distance(error, turn), high)
+                                for low, slope, high in (PUSH_AHEAD, TRAVEL_AHEAD))
+    # In the lane: ahead along the push, less where the agent is not yet in touch or off the line.
+    depth = push_ahead - 0.5 * np.maximum(gap, 0) - aside
+    push = _CONTACT[k] + depth * np.where(depth > 0, _ADVANCE[k], _NORMAL[k])
+    # Else: ahead along the way, a line of five points.
+    last = (to_node.min(1) + _TAIL.T[k]).argmin(1)
+    node = to_node[rows, :, last].argmin(1)
+    step = np.where(forward[rows, node, last] <= ring[rows, node, last], 1, -1)
+    straight = direct[rows, k] <= by_ring[rows, k]
+    arrives = straight | (node == last)
+    after = _NODES[(node + step) % 6]
+    line = np.stack([local, start, np.where(straight, _WAIT[k], _NODES[node]),
+                     np.where(arrives, _WAIT[k], after), np.where(arrives, _CONTACT[k], after)], 1)
+    pieces = np.diff(line, axis=1)
+    lengths = np.abs(pieces)
+    ahead = np.minimum(travel_ahead, push_ahead + 0.5 * way)[:, None]  # slower on arrival
+    done = np.clip((ahead - lengths.cumsum(1) + lengths) / np.maximum(lengths, 1e-9), 0, 1)
+    target = center + angle * np.where(in_lane, push, local + (done * pieces).sum(1))
+    return np.clip(np.stack([target.real, target.imag], -1), 0, BOARD)
+
+
+def expert_demonstrations(count, task="full", seed=0):
+    """Let the expert play until `count` episodes have reached STOP_COVERAGE.
+
+    The recorded action is the expert's. The executed one carries autocorrelated noise in two
+    episodes of three, so that recoveries are shown (DART, arXiv 1703.09327). CLOSE_SHARE of the
+    episodes start closer to the goal, where success is decided. Episodes that fail are drawn again.
+
+    Returns a dict of state (N, 5) float32, action (N, 2) float32 px chosen in that state, and
+    episode_ends (count,) int64.
+    """
+    rng = np.random.default_rng([seed, 1])  # a stream that PushT.reset never uses
+    episodes, bar = [], tqdm(total=count, desc="demonstrations", mininterval=1)
+    while len(episodes) < count:
+        number = count - len(episodes)
+        start = np.array([START[task](rng) for _ in range(number)])
+        for i in np.flatnonzero(rng.random(number) < CLOSE_SHARE):
+            start[i] = START["near"](rng)
+            move = (np.exp(rng.uniform(np.log(0.08), 0)) - 1) * (start[i, 2:] - GOAL)  # to 5..60 px
+            start[i] += *move[:2], *move
+        env = PushT(number, task)
+        state, alive = env.set_state(start), np.arange(number)
+        size, noise = rng.permutation(np.resize(NOISE, number))[:, None], np.zeros((number, 2))
+        states = np.zeros((number, env.max_steps, 5), np.float32)
+        actions = np.zeros((number, env.max_steps, 2), np.float32)
+        ends = np.zeros(number, int)
+        for step in range(env.max_steps):
+            action = expert_action(state)
+            states[alive, step], actions[alive, step] = state, action
+            done = env.max_coverage > STOP_COVERAGE  # so the last recorded state is beyond it
+            ends[alive[done]] = step + 1
+            bar.update(int(done.sum()))
+            noise = 0.8 * noise + 0.6 * size[alive] * rng.standard_normal(noise.shape)
+            action = np.clip(action + noise, 0, BOARD)[~done]
+            alive, noise = alive[~done], noise[~done]
+            env.keep(~done)
+            if not len(alive):
+                break
+            state = env.step(action)[0]
+        episodes += [(states[i, :end], actions[i, :end]) for i, end in enumerate(ends) if end]
+    bar.close()
+    states, actions = (np.concatenate(part) for part in zip(*episodes))
+    return {"state": states, "action": actions,
+            "episode_ends": np.cumsum([len(episode) for episode, _ in episodes])}
+
+
+# Demonstrations and lesson -----------------------------------------------------------------------
+
+def load_demonstrations(path):
+    """Read demonstrations in the layout of the public human data: a dict of arrays.
+
+    state (N, 5): the observation in which action (N, 2), the agent's target, was chosen, both in
+    px, all episodes in a row; episode_ends (E,): where each ends. ValueError if it is not so.
+    """
+    try:
+        with np.load(path) as file:
+            data = {name: file[name] for name in ("state", "action", "episode_ends")}
+    except KeyError as error:
+        raise ValueError(f"{path} lacks an array; needed are state, action and episode_ends: "
+                         f"{error.args[0]}") from None
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a readable .npz file: {error}") from None
+    for name, width in ("state", 5), ("action", 2):
+        kind, shape = data[name].dtype, data[name].shape
+        if kind.kind not in "fiu" or len(shape) != 2 or shape[1] != width:
+            raise ValueError(f"{path}: {name} is {kind} of shape {shape}; expected numbers of "
+                             f"shape (N, {width})")
+        if not np.isfinite(data[name]).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity")
+    if len(data["state"]) != len(data["action"]):
+        raise ValueError(f"{path}: {len(data['state'])} states, but {len(data['action'])} actions")
+    ends = data["episode_ends"]
+    if ends.ndim != 1 or ends.dtype.kind not in "iu" or len(ends) == 0:
+        raise ValueError(f"{path}: episode_ends is {ends.dtype} of shape {ends.shape}; expected "
+                         "integers of shape (E,), at least one")
+    if (np.diff(ends.astype(int), prepend=0) <= 0).any() or ends[-1] != len(data["state"]):
+        raise ValueError(f"{path}: episode_ends must increase and end at {len(data['state'])}, the "
+                         f"number of states; they go from {ends[0]} to {ends[-1]}")
+    return data
+
+
+class Game:
+    """A window in which the mouse moves the agent at 10 Hz; adds the kept episodes to a file."""
+
+    def __init__(self, path, task="full", seed=0):
+        import matplotlib.pyplot as plt
+        if plt.get_backend().lower() == "agg":
+            raise ValueError("no window can be opened: install a GUI toolkit for matplotlib "
+                             "(tkinter or PyQt) and run where there is a display")
+        plt.rcParams.update({"toolbar": "None", "keymap.back": [], "keymap.home": [],
+                             "keymap.quit": []})  # frees the keys k, r, q
+        self.env, self.path, self.seed, self.plt = PushT(task=task), Path(path), seed, plt
+        empty = {"state": np.zeros((0, 5), np.float32), "action": np.zeros((0, 2), np.float32),
+                 "episode_ends": np.zeros(0, int)}
+        self.data = load_demonstrations(path) if self.path.exists() else empty
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        figure, self.axis = plt.subplots(figsize=(6, 6.5), num="PushT")
+        figure.subplots_adjust(0.02, 0.02, 0.98, 0.9)
+        self.axis.set_axis_off()
+        self.image = self.axis.imshow(self.env.render(512)[0], extent=(0, BOARD, BOARD, 0))
+        figure.canvas.mpl_connect("motion_notify_event", self.on_move)
+        figure.canvas.mpl_connect("key_press_event", self.on_key)
+        timer = figure.canvas.new_timer(100)  # ms
+        timer.add_callback(self.on_tick)
+        self.next_scene()
+        timer.start()
+        plt.show()
+
+    def next_scene(self, keep=False):
+        if keep and self.states:
+            new = {"state": np.float32(self.states), "action": np.float32(self.actions),
+                   "episode_ends": [len(self.data["state"]) + len(self.states)]}
+            self.data = {name: np.concatenate([self.data[name], new[name]]) for name in new}
+            unfinished = self.path.with_name("unfinished-" + self.path.name)
+            np.savez_compressed(unfinished, **self.data)
+            unfinished.replace(self.path)  # the old file stays whole until the new one is
+        self.env.reset(self.seed + len(self.data["episode_ends"]))
+        self.states, self.actions, self.target = [], [], None
+        self.draw("touch the agent with the mouse to begin")
+
+    def on_move(self, event):
+        if event.inaxes is self.axis:
+            mouse = np.array([event.xdata, event.ydata])
+            near = np.linalg.norm(mouse - self.env.state()[0, :2]) < 2 * AGENT_RADIUS
+            if near or self.target is not None:
+                self.target = mouse
+
+    def on_key(self, event):
+        if event.key in ("k", "r"):
+            self.next_scene(keep=event.key == "k")
+        elif event.key == "q":
+            self.plt.close("all")
+
+    def on_tick(self):
+        if self.target is not None:
+            self.states.append(self.env.state()[0])
+            self.actions.append(self.target)
+            _, _, terminated, _, info = self.env.step(self.target[None])
+            self.draw(f"coverage {info['coverage'][0]:.3f}, best {info['max_coverage'][0]:.3f}")
+            if terminated[0]:
+                self.next_scene(keep=True)
+
+    def draw(self, text):
+        self.image.set_data(self.env.render(512)[0])
+        self.axis.set_title(f"{text}\n{len(self.data['episode_ends'])} episodes in {self.path}; "
+                            "keys: k keep, r restart, q quit", fontsize=9)
+        self.axis.figure.canvas.draw_idle()
+
+
+def lesson(folder, task="full", scenes=8):
+    """Play the expert on a few scenes, print what happens, save a picture and a GIF."""
+    env = PushT(scenes, task)
+    states, lengths = [env.reset(0)], np.full(scenes, env.max_steps)
+    print(f"{scenes} scenes of task {task!r}; the state {states[0].shape} is agent x, y, block x, "
+          f"y and angle.\nScene 0: {np.round(states[0][0], 2)}, coverage {env.coverage()[0]:.3f}")
+    while len(states) <= env.max_steps and (lengths == env.max_steps).any():
+        state, _, terminated, _, info = env.step(expert_action(states[-1]))
+        states.append(state)
+        lengths[terminated] = np.minimum(lengths[terminated], len(states) - 1)
+        if len(states) % 25 == 1:
+            print(f"step {len(states) - 1:3d}: coverage {np.round(info['coverage'], 2)}")
+    print(f"coverage above {env.success_threshold} in {(lengths < env.max_steps).sum()} of "
+          f"{scenes} scenes, after {lengths.mean():.0f} steps in the mean")
+    draw_rollouts(np.stack(states), lengths, folder)
+    print(f"saved {folder}/rollouts.png and {folder}/rollout.gif")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="The PushT lesson, or a game that records.")
+    parser.add_argument("--play", action="store_true", help="push the block with the mouse")
+    parser.add_argument("--task", choices=START, default="full")
+    parser.add_argument("--seed", type=int, default=0, help="of the first scene to play")
+    parser.add_argument("--output", help="the lesson's folder (runs/lessons/sim_pusht), or the "
+                        "file that keeps the played episodes (runs/play/demonstrations.npz)")
+    options = parser.parse_args()
+    try:
+        if options.play:
+            Game(options.output or "runs/play/demonstrations.npz", options.task, options.seed)
+        else:
+            lesson(options.output or "runs/lessons/sim_pusht", options.task)
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(2, f"sim_pusht.py: {error}\n")

@@ -1,0 +1,436 @@
+"""The simulator against gym-pusht 0.1.8: recordings in tests/data, and live where installed."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sim_pusht
+from sim_pusht import PushT
+
+DATA = Path(__file__).parent / "data"
+PUSHES = dict(np.load(DATA / "gym_pusht_pushes.npz"))  # recorded from gym-pusht
+PICTURES = dict(np.load(DATA / "gym_pusht_frames.npz"))
+AT_WALL = PUSHES["wall"].any(1)
+OUTLINE = np.array([[-60, 0], [60, 0], [60, 30], [15, 30], [15, 120], [-15, 120], [-15, 30],
+                    [-60, 30]], float)  # of the T, from the benchmark's drawing
+
+
+def turned(points, angle):
+    cos, sin = np.cos(angle), np.sin(angle)
+    return points @ np.array([[cos, sin], [-sin, cos]])
+
+
+def play(env, actions):
+    """Block poses (steps + 1, B, 3) under actions (steps, B, 2)."""
+    poses = [env.block_pose()]
+    for action in actions:
+        env.step(action)
+        poses.append(env.block_pose())
+    return np.array(poses)
+
+
+def contact_rich(rng, state, spread=40):
+    """Targets around the blocks' centres of mass."""
+    center = state[:, 2:4] + 45 * np.stack([-np.sin(state[:, 4]), np.cos(state[:, 4])], 1)
+    return center + rng.normal(0, spread, center.shape)
+
+
+# Physics ------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def replayed():
+    env = PushT(100)
+    env.set_state(PUSHES["init"])
+    return play(env, PUSHES["actions"].swapaxes(0, 1)), env
+
+
+@pytest.mark.parametrize("chosen, limit", [(~AT_WALL, 1e-3), (AT_WALL, 0.1)], ids=["free", "walls"])
+def test_pushes_end_where_chipmunk_ends_them(replayed, chosen, limit):
+    poses = replayed[0][:, chosen].swapaxes(0, 1)
+    error = np.abs(poses - PUSHES["states"][chosen, :, 2:])
+    # The recorded angle starts in [0, 2 pi) or not; the simulator keeps it as it was set.
+    position = np.linalg.norm(error[:, -1, :2], axis=1)
+    assert np.median(position) <= 1e-6
+    assert np.percentile(position, 95) <= limit
+    assert np.percentile(error[:, -1, 2], 95) <= 1e-4
+    assert position.max() < 1
+
+
+def test_agents_move_as_recorded(replayed):
+    np.testing.assert_allclose(replayed[1].state()[:, :2], PUSHES["states"][:, -1, :2], atol=1e-9)
+
+
+def test_pushes_do_touch_blocks_and_walls():
+    assert AT_WALL.sum() == 11
+    assert (np.abs(np.diff(PUSHES["states"][:, :, 2:], axis=1)).max((1, 2)) > 1).sum() > 90
+
+
+@pytest.mark.parametrize("lever", [-50.0, -20.0, 0.0, 35.0])
+def test_a_short_push_moves_and_turns_the_block_as_the_closed_form_says(lever):
+    """An impulse j at a lever about the centre of mass gives speed j and spin j lever / I."""
+    env = PushT()
+    env.set_state([[256 + lever, 185.05, 256, 200, 0]])  # overlap 0.05: within the slop
+    before, after = play(env, np.repeat([[[256 + lever, 186.0]]], 20, 0))[[0, -1], 0]
+    turn = after[2]
+    moved = after[:2] - before[:2] + 45 * np.array([-np.sin(turn), np.cos(turn) - 1])
+    assert moved[1] == pytest.approx(0.95 / (1 + lever ** 2 / 3000), rel=0.02)
+    assert turn == pytest.approx(moved[1] * lever / 3000, rel=0.02, abs=1e-12)
+    assert abs(moved[0]) < 0.02
+
+
+def test_overlap_is_pushed_out_at_chipmunks_rate():
+    """Of what exceeds 0.1 px, 0.9^60 is left after a second."""
+    env = PushT()
+    env.set_state([[256, 190, 256, 200, 0]])  # 5 px deep
+    for step in range(1, 16):
+        env.step([[256, 190]])
+        overlap = 190 + 15 - env.block_pose()[0, 1]
+        assert overlap == pytest.approx(0.1 + 4.9 * 0.9 ** (6 * step), abs=1e-5)
+
+
+def test_mirrored_pushes_end_mirrored():
+    start, actions = PUSHES["init"][~AT_WALL], PUSHES["actions"][~AT_WALL].swapaxes(0, 1)
+    flip = np.array([-1, 1, -1, 1, -1])
+    env, mirrored = PushT(len(start)), PushT(len(start))
+    env.set_state(start)
+    mirrored.set_state(start * flip + [511, 0, 511, 0, 0])
+    ends = play(env, actions)[-1], play(mirrored, actions * [-1, 1] + [511, 0])[-1]
+    np.testing.assert_allclose(ends[1], ends[0] * flip[2:] + [511, 0, 0], atol=1e-6)
+
+
+def test_block_at_rest_stays_where_it_is_until_touched():
+    env = PushT()
+    env.set_state([[60, 60, 300, 300, 1.0]])
+    poses = play(env, np.random.default_rng(0).uniform(20, 120, (50, 1, 2)))
+    assert (poses == poses[0]).all()
+
+
+# Geometry -----------------------------------------------------------------------------------------
+
+def test_coverage_equals_the_recorded():
+    np.testing.assert_allclose(sim_pusht.block_coverage(PUSHES["states"][:, 1:, 2:]),
+                               PUSHES["coverage"], atol=1e-6)
+
+
+def test_coverage_equals_counted_points():
+    """Monte Carlo: the share of random points of the block that lie in the goal."""
+    rng = np.random.default_rng(0)
+    points = rng.uniform([-60, 0], [60, 120], (40000, 2))
+    points = points[(points[:, 1] <= 30) | (np.abs(points[:, 0]) <= 15)]
+    for _ in range(20):
+        pose = np.array([256, 256, np.pi / 4]) + rng.normal(0, 1, 3) * [25, 25, 0.5]
+        local = turned(turned(points, pose[2]) + pose[:2] - 256, -np.pi / 4)
+        inside = ((np.abs(local[:, 0]) <= 60) & (local[:, 1] >= 0) & (local[:, 1] <= 30)
+                  | (np.abs(local[:, 0]) <= 15) & (local[:, 1] >= 30) & (local[:, 1] <= 120))
+        assert sim_pusht.block_coverage(pose) == pytest.approx(inside.mean(), abs=0.02)
+
+
+def test_coverage_of_known_poses():
+    goal = np.array([256, 256, np.pi / 4])
+    assert sim_pusht.block_coverage(goal) == pytest.approx(1, abs=1e-12)
+    assert sim_pusht.block_coverage([0, 0, 0.0]) == 0
+    level = np.array([256, 256, 0.0])  # edges parallel to the goal's: nothing may divide by zero
+    for shift, share in ((0, 1), (15, 4500 / 6300), (30, 2700 / 6300)):
+        moved = level + [shift, 0, 0]
+        assert sim_pusht.block_coverage(moved, level) == pytest.approx(share, abs=1e-12)
+
+
+def test_keypoints_are_the_corners():
+    pose = np.array([100, 200, 0.7])
+    corners = sim_pusht.keypoints(np.tile(pose, (3, 2, 1)))
+    assert corners.shape == (3, 2, 8, 2)
+    expected = turned(OUTLINE[[0, 1, 2, 7, 6, 3, 4, 5]], 0.7) + [100, 200]
+    np.testing.assert_allclose(corners[2, 1], expected, atol=1e-12)
+
+
+def test_legacy_poses_convert_both_ways():
+    pose = np.random.default_rng(0).uniform(0, 400, (20, 3))
+    x, y, angle = pose.T
+    expected = np.stack([x + 45 * np.sin(angle), y + 45 - 45 * np.cos(angle), angle], 1)
+    np.testing.assert_allclose(sim_pusht.from_legacy(pose), expected, atol=1e-12)
+    np.testing.assert_allclose(sim_pusht.to_legacy(expected), pose, atol=1e-12)
+
+
+# Environment --------------------------------------------------------------------------------------
+
+def test_reset_gives_the_benchmarks_scenes():
+    np.testing.assert_allclose(PushT(20).reset(0), PICTURES["reset_states"], atol=1e-9)
+    np.testing.assert_array_equal(PushT(3).reset([7, 2, 7])[[0, 2]], PushT(1).reset(7)[[0, 0]])
+
+
+def test_near_starts_are_near_and_free():
+    states = PushT(400, task="near").reset(0)
+    offset = states[:, 2:4] - 256
+    turn = (states[:, 4] - np.pi / 4 + np.pi) % (2 * np.pi) - np.pi
+    distance = np.linalg.norm(offset, axis=1)
+    assert distance.max() <= 60 and np.abs(turn).max() <= 0.75
+    # Uniform on the disc and on the angles: a third of the area lies within 60 / sqrt(3).
+    assert np.mean(distance < 60 / 3 ** 0.5) == pytest.approx(1 / 3, abs=0.08)
+    assert np.abs(turn).mean() == pytest.approx(0.375, abs=0.04)
+    steps = np.linspace(0, 1, 60)[:, None]
+    border = np.concatenate([a + steps * (b - a) for a, b in zip(OUTLINE, np.roll(OUTLINE, -1, 0))])
+    agent = np.array([turned(s[:2] - s[2:4], -s[4]) for s in states])
+    away = np.linalg.norm(agent[:, None] - border, axis=-1).min(1)
+    inside = ((np.abs(agent[:, 0]) < 60) & (agent[:, 1] > 0) & (agent[:, 1] < 30)
+              | (np.abs(agent[:, 0]) < 15) & (agent[:, 1] > 0) & (agent[:, 1] < 120))
+    assert away.min() > 15 - 0.1 and not inside.any()
+
+
+def test_set_state_sets_exactly_the_state():
+    state = np.random.default_rng(0).uniform(50, 450, (50, 5))
+    state[:, 4] %= 2 * np.pi
+    env = PushT(50)
+    np.testing.assert_allclose(env.set_state(state), state, atol=1e-12)
+    np.testing.assert_allclose(env.state(), state, atol=1e-12)
+
+
+def test_reward_threshold_and_time_limit():
+    goal = [100, 100, 256, 256, np.pi / 4]
+    env = PushT(2, success_threshold=0.5, max_steps=3)
+    env.set_state([goal, [100, 100, 296, 256, np.pi / 4]])
+    share = env.coverage()[1]
+    for step in range(5):  # stepping on after success and after the limit goes on simulating
+        _, reward, terminated, truncated, info = env.step([[100, 100]] * 2)
+        assert terminated.tolist() == [True, False] == info["is_success"].tolist()
+        assert truncated.tolist() == [step >= 2] * 2
+        np.testing.assert_allclose(reward, [1, share / 0.5])
+    assert 0 < share < 0.5
+    env.set_state([goal, goal])
+    env.step([[100, 100], [400, 400]])
+    for _ in range(10):
+        info = env.step([[100, 100], [200, 200]])[-1]
+    assert info["coverage"][1] < info["max_coverage"][1]
+    np.testing.assert_array_equal(info["coverage"], sim_pusht.block_coverage(env.block_pose()))
+
+
+def test_observations():
+    state = PushT(3).reset(5)
+    env = PushT(3, observation="keypoints")
+    points = env.reset(5)
+    assert points.shape == (3, 18)
+    np.testing.assert_allclose(points[:, 16:], state[:, :2])
+    np.testing.assert_allclose(points[:, :16].reshape(3, 8, 2), sim_pusht.keypoints(state[:, 2:]))
+    env = PushT(3, observation="pixels")
+    first = env.reset(5)
+    assert first.shape == (3, 96, 96, 3) and first.dtype == np.uint8
+    second = env.step(state[:, :2] + 100)[0]
+    assert (first != second).any((1, 2, 3)).all()
+
+
+def test_same_seed_same_bits_and_neighbours_do_not_matter():
+    rng, env = np.random.default_rng(1), PushT(60)
+    states, actions = [env.reset(100)], []
+    for _ in range(60):
+        actions.append(contact_rich(rng, states[-1]))
+        states.append(env.step(actions[-1])[0])
+    states, actions = np.array(states), np.array(actions)
+    assert (np.abs(states[-1, :, 2:4] - 255.5).max(1) > 150).any()  # some are at walls
+    again = PushT(60)
+    again.reset(100)
+    for step, action in enumerate(actions):
+        np.testing.assert_array_equal(again.step(action)[0], states[step + 1])
+    for part in ([3], [59, 0, 17], range(30, 50)):
+        few = PushT(len(part))
+        few.reset([100 + i for i in part])
+        for step, action in enumerate(actions):
+            np.testing.assert_array_equal(few.step(action[part])[0], states[step + 1, part])
+
+
+def test_keep_goes_on_with_the_chosen():
+    rng, env = np.random.default_rng(2), PushT(12)
+    env.reset(0)
+    actions = rng.uniform(50, 450, (30, 12, 2))
+    other = PushT(12)
+    other.reset(0)
+    mask = np.arange(12) % 3 == 0
+    for step, action in enumerate(actions):
+        expected = env.step(action)[0][mask]
+        if step == 10:
+            other.keep(mask)
+        got = other.step(action[mask] if step >= 10 else action)[0]
+        np.testing.assert_array_equal(got if step >= 10 else got[mask], expected)
+
+
+def test_hostile_actions_break_nothing():
+    rng, B = np.random.default_rng(0), 250
+    env = PushT(B)
+    state = env.reset(0)
+    state[:50, :2] = sim_pusht.keypoints(state[:50, 2:]).mean(1)  # agent inside the block
+    env.set_state(state)
+    board_corner = rng.choice([0.0, 512.0], (B, 2))
+    with np.errstate(all="raise", under="ignore"):
+        for step in range(100):
+            state = env.state()
+            actions = contact_rich(rng, state)
+            actions[50:100] = rng.uniform(0, 512, (50, 2))
+            actions[100:150] = rng.uniform(-2000, 2500, (50, 2))
+            if step % 40 < 30:  # pin the block into a corner of the board, then let go
+                actions[150:200] = (0.7 * board_corner + 0.3 * actions)[150:200]
+            actions[200:] = 256 + 3 * (actions[200:] - 256)
+            env.step(actions)
+            assert np.isfinite(env.block_pose()).all() and np.isfinite(env.coverage()).all()
+        for _ in range(60):  # settle, the agents far from the blocks
+            env.step(np.where(env.state()[:, 2:4] < 256, 1500.0, -1000.0))
+    corners = sim_pusht.keypoints(env.block_pose())
+    assert corners.min() > 7 - 1 and corners.max() < 504 + 1
+
+
+@pytest.mark.parametrize("actions, message", [
+    (np.zeros(2), r"\(2,\); expected \(3, 2\)"), (np.zeros((1, 2)), r"expected \(3, 2\)"),
+    (np.zeros((3, 3)), r"expected \(3, 2\)"), (np.full((3, 2), np.nan), r"finite.*\(3, 2\).*NaN"),
+    ([[0, 0], [np.inf, 0], [0, 0]], "infinity")])
+def test_bad_actions_are_refused(actions, message):
+    env = PushT(3)
+    before = env.state()
+    with pytest.raises(ValueError, match=message):
+        env.step(actions)
+    np.testing.assert_array_equal(env.state(), before)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"task": "far"}, "'far'; allowed: full, near"), ({"num_envs": 0}, "at least 1"),
+    ({"observation": "touch"}, "'touch'; allowed: state, keypoints, pixels")])
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PushT(**arguments)
+
+
+def test_bad_states_and_seeds_are_refused():
+    with pytest.raises(ValueError, match=r"state has shape \(5,\); expected \(2, 5\)"):
+        PushT(2).set_state(np.zeros(5))
+    with pytest.raises(ValueError, match="state has shape"):
+        PushT(2).reset([1, 2, 3])
+
+
+# Picture ------------------------------------------------------------------------------------------
+
+def test_pictures_are_gym_pushts():
+    ours = sim_pusht.draw_states(PICTURES["states"])
+    off = np.abs(ours.astype(int) - PICTURES["frames"]).max(-1) > 16
+    assert len(off) == 20
+    assert off.mean((1, 2)).max() <= 0.02
+    np.testing.assert_array_equal(PICTURES["frames"][0, 48, 48], ours[0, 48, 48])
+
+
+@pytest.mark.parametrize("size", [32, 96, 300, 512, 680])
+def test_pictures_of_any_size(size):
+    state = np.array([[100, 120, 256, 256, np.pi / 4], [-900, 5000, 500, 3, 1.0]])
+    images = sim_pusht.draw_states(state, size)
+    assert images.shape == (2, size, size, 3) and images.dtype == np.uint8
+
+    def color(x, y):
+        return images[0, int(y * size / 512), int(x * size / 512)].tolist()
+    assert color(100, 120) == [78, 126, 255] and color(400, 400) == [255, 255, 255]
+    assert color(256 - 10.6, 256 + 10.6) == [143, 163, 184]
+    # The share of blue is that of the agent's disc, less its darker rim.
+    blue = (np.abs(images[0].astype(int) - [78, 126, 255]).max(-1) < 40).mean()
+    assert blue == pytest.approx(np.pi * 13 ** 2 / 512 ** 2, rel=0.35)
+
+
+def test_rollouts_are_saved(tmp_path):
+    env = PushT(3)
+    states = [env.reset(0)]
+    for _ in range(7):
+        states.append(env.step(states[-1][:, 2:4])[0])
+    sim_pusht.draw_rollouts(np.stack(states), np.array([7, 3, 5]), tmp_path / "new")
+    assert (tmp_path / "new/rollouts.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "new/rollout.gif").read_bytes()[:3] == b"GIF"
+
+
+# Demonstration files ------------------------------------------------------------------------------
+
+GOOD = {"state": np.ones((6, 5), np.float32), "action": np.ones((6, 2), np.float32),
+        "episode_ends": np.array([2, 6])}
+
+
+def test_demonstrations_load(tmp_path):
+    np.savez(tmp_path / "good.npz", **GOOD)
+    data = sim_pusht.load_demonstrations(tmp_path / "good.npz")
+    assert set(data) == set(GOOD)
+    for name, value in GOOD.items():
+        np.testing.assert_array_equal(data[name], value)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"state": None}, "lacks an array.*state"),
+    ({"state": np.ones((6, 4))}, r"state is float64 of shape \(6, 4\); expected .*\(N, 5\)"),
+    ({"action": np.ones((6, 1, 2))}, r"expected .*\(N, 2\)"),
+    ({"action": np.full((6, 2), np.nan)}, "action holds NaN"),
+    ({"action": np.ones((5, 2))}, "6 states, but 5 actions"),
+    ({"state": np.array([["a"] * 5] * 6)}, "state is <U1"),
+    ({"episode_ends": np.array([4, 2, 6])}, "must increase"),
+    ({"episode_ends": np.array([2, 5])}, "end at 6"),
+    ({"episode_ends": np.array([2.0, 6.0])}, "integers"),
+    ({"episode_ends": np.array([], int)}, "at least one")])
+def test_bad_demonstrations_are_refused(tmp_path, change, message):
+    path = tmp_path / "bad.npz"
+    np.savez(path, **{name: value for name, value in (GOOD | change).items() if value is not None})
+    with pytest.raises(ValueError, match=message) as caught:
+        sim_pusht.load_demonstrations(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_unreadable_demonstrations_are_refused(tmp_path):
+    for name, content in ("cut.npz", b"PK\x03\x04 but no more"), ("text.npz", b"no numpy file"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="not a readable .npz"):
+            sim_pusht.load_demonstrations(tmp_path / name)
+    with pytest.raises(ValueError, match="not a readable .npz"):
+        sim_pusht.load_demonstrations(tmp_path / "none.npz")
+
+
+def test_play_says_what_is_missing_without_a_display():
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "sim_pusht.py", "--play"], cwd=root, text=True,
+                          capture_output=True, env=os.environ | {"MPLBACKEND": "agg"})
+    assert done.returncode == 2
+    assert "no window can be opened" in done.stderr and done.stderr.count("\n") == 1
+
+
+# Other sources ------------------------------------------------------------------------------------
+
+def test_human_demonstrations_replay():
+    """Whole episodes, open-loop; PUSHT_HUMAN names the file (it is not part of the repository)."""
+    path = os.environ.get("PUSHT_HUMAN", "")
+    if not Path(path).is_file():
+        pytest.skip("set PUSHT_HUMAN to an .npz of the human demonstrations")
+    data = sim_pusht.load_demonstrations(path)
+    ends = data["episode_ends"]
+    starts = np.concatenate([[0], ends[:-1]])
+    env = PushT(len(ends))
+    state = env.set_state(data["state"][starts])
+    error, best = np.zeros(len(ends)), env.coverage()
+    for step in range((ends - starts).max()):
+        row, live = np.minimum(starts + step, ends - 1), starts + step < ends
+        now = np.linalg.norm(state[:, 2:4] - data["state"][row, 2:4], axis=1)
+        error = np.where(live, now, error)
+        best = np.where(live, np.maximum(best, env.coverage()), best)
+        state = env.step(data["action"][row])[0]
+    recorded = sim_pusht.block_coverage(data["state"][:, 2:])
+    recorded = np.array([recorded[a:b].max() for a, b in zip(starts, ends)])
+    assert np.median(error) <= 1e-4 and np.percentile(error, 95) <= 0.01 and error.max() <= 1
+    assert np.mean(np.abs(best - recorded) <= 0.002) >= 0.99
+
+
+def test_gym_pusht_live():
+    pytest.importorskip("gym_pusht")
+    gymnasium = pytest.importorskip("gymnasium")
+    gym = gymnasium.make("gym_pusht/PushT-v0", disable_env_checker=True).unwrapped
+    rng, env, poses = np.random.default_rng(4), PushT(8), []
+    state = env.reset(500)
+    for i in range(8):
+        np.testing.assert_allclose(gym.reset(seed=500 + i)[0], state[i], atol=1e-9)
+    actions = rng.uniform(0, 512, (60, 8, 2))
+    rewards = []
+    for action in actions:
+        rewards.append(env.step(action)[1])
+        poses.append(env.block_pose())
+    for i in range(8):
+        gym.reset(seed=500 + i)
+        for step in range(60):
+            _, reward, _, _, info = gym.step(actions[step, i])
+            np.testing.assert_allclose(poses[step][i], info["block_pose"], atol=1e-6)
+            assert rewards[step][i] == pytest.approx(reward, abs=1e-6)
