@@ -44,7 +44,7 @@ LEAD = 2
 SETTINGS = {
     "laptop": dict(batch_size=128, noise_samples=2, loss_steps=4, learning_rate=6e-3, warmup=100,
                    betas=(0.9, 0.999), ema_decay=0.995, sampling_steps=10, stage1_steps=2500,
-                   steps={"full": 12000, "near": 5000}, num_demos={"full": 2000, "near": 1500},
+                   steps={"full": 10000, "near": 5000}, num_demos={"full": 2000, "near": 1500},
                    minutes={"full": "about 12 minutes on 2 cores", "near": "about 5 minutes on 2 cores"}),
     "paper": dict(batch_size=64, noise_samples=1, loss_steps=None, learning_rate=1e-4, warmup=500,
                   betas=(0.95, 0.999), ema_decay=0.9999, sampling_steps=None, stage1_steps=45000,
