@@ -22,15 +22,13 @@ from tqdm import tqdm
 # local origin, the middle of the bar's outer edge. Inside this file a vector may be a complex
 # number x + iy: turning it is then one product with exp(i angle).
 BOARD = 512.0
-WALLS = 7.0, 504.0  # inner faces; they stop the block, not the agent
-MIDDLE, FREE = 255.5, 248.5  # of the walls: their faces are at MIDDLE +- FREE
+MIDDLE, FREE = 255.5, 248.5  # walls stop the block, not the agent; their faces: MIDDLE +- FREE
 AGENT_RADIUS = 15.0
 GOAL = np.array([256.0, 256.0, np.pi / 4])
 BOXES = np.array([[[-60.0, 0.0], [60.0, 30.0]], [[-15.0, 30.0], [15.0, 120.0]]])  # bar, stem
 KEYPOINTS = np.array([[-60.0, 0.0], [60.0, 0.0], [60.0, 30.0], [-60.0, 30.0],
                       [-15.0, 30.0], [15.0, 30.0], [15.0, 120.0], [-15.0, 120.0]])
 CENTER_OF_MASS = np.array([0.0, 45.0])  # the mean of the two boxes' centres, not area-weighted
-BLOCK_AREA = 6300.0
 
 # The same relative to the centre of mass.
 CENTER = complex(*CENTER_OF_MASS)
@@ -51,27 +49,21 @@ def cross(a, b):
 
 
 def as_floats(z):
-    """(...) complex -> (..., 2)."""
+    """(...) complex -> (..., 2), the inverse of `xy @ [1, 1j]`."""
     return np.asarray(z)[..., None].view(float)
-
-
-def as_complex(xy):
-    """(..., 2) -> (...) complex."""
-    return np.ascontiguousarray(xy).view(complex)[..., 0]
 
 
 def keypoints(pose):
     """Corners of the block in the world, (..., 3) pose -> (..., 8, 2) px, gym-pusht's order."""
     pose = np.asarray(pose, float)
-    origin = as_complex(pose[..., :2])[..., None]
+    origin = (pose[..., :2] @ [1, 1j])[..., None]
     return as_floats(origin + (CORNERS + CENTER) * np.exp(1j * pose[..., 2:]))
 
 
 def from_legacy(pose):
-    """The observed pose of a block that was set up as gym-pusht does, (..., 3) -> (..., 3).
+    """The pose (..., 3) that gym-pusht's `reset_to_state` leads to; it is not the one asked for.
 
-    gym-pusht's reset sets the position first and then turns the block about its centre of mass,
-    so that `reset_to_state` gives another position than the one asked for.
+    The position is set first, and then the block is turned about its centre of mass.
     """
     pose = np.array(pose, float)
     pose[..., :2] += CENTER_OF_MASS - as_floats(CENTER * np.exp(1j * pose[..., 2]))
@@ -79,8 +71,15 @@ def from_legacy(pose):
 
 
 def to_legacy(pose):
-    """What gym-pusht's `reset_to_state` needs to be given for an observed pose; (..., 3)."""
+    """What gym-pusht's `reset_to_state` must be given to lead to a pose; (..., 3)."""
     return 2 * np.asarray(pose, float) - from_legacy(pose)
+
+
+def crossing(start, way, low, high):
+    """The two times when start + time * way crosses low and high, the earlier first; all real."""
+    way = np.where(np.abs(way) < 1e-300, 1e-300, way)
+    a, b = (low - start) / way, (high - start) / way
+    return np.minimum(a, b), np.maximum(a, b)
 
 
 def block_coverage(pose, goal=GOAL):
@@ -92,54 +91,50 @@ def block_coverage(pose, goal=GOAL):
     """
     pose, goal = np.asarray(pose, float), np.asarray(goal, float)
     turn = np.exp(1j * (pose[..., 2] - goal[2]))[..., None, None]
-    shift = as_complex(pose[..., :2] - goal[:2]) * np.exp(-1j * goal[2])
+    shift = (pose[..., :2] - goal[:2]) @ [1, 1j] * np.exp(-1j * goal[2])
     corner = shift[..., None, None] + (CORNERS + CENTER) * turn - CENTER  # (..., 1, 8)
-    delta = EDGES * turn
-    dx, dy = (np.where(np.abs(d) < 1e-300, 1e-300, d) for d in (delta.real, delta.imag))
-    (x0, y0), (x1, y1) = LOW.T[..., None], HIGH.T[..., None]  # the goal's boxes, (2, 1)
-    a, b = (x0 - corner.real) / dx, (x1 - corner.real) / dx  # an edge enters, leaves the width at
-    start = np.minimum(np.maximum(np.minimum(a, b), 0), 1)
-    end = np.maximum(np.minimum(np.maximum(a, b), 1), start)
-    a, b = (y0 - corner.imag) / dy, (y1 - corner.imag) / dy  # ... and the height
-    enter = np.minimum(np.maximum(np.minimum(a, b), start), end)
-    leave = np.minimum(np.maximum(np.maximum(a, b), start), end)
+    edge = EDGES * turn
+    (left, top), (right, bottom) = LOW.T[..., None], HIGH.T[..., None]  # the goal's, (2, 1)
+    start, end = np.clip(crossing(corner.real, edge.real, left, right), 0, 1)
+    enter, leave = np.clip(crossing(corner.imag, edge.imag, top, bottom), start, end)
     area = 0
     for t0, t1 in (start, enter), (enter, leave), (leave, end):
-        height = np.minimum(np.maximum(corner.imag + (t0 + t1) / 2 * dy, y0), y1) - y0
+        height = np.clip(corner.imag + (t0 + t1) / 2 * edge.imag, top, bottom) - top
         area = area - height * (t1 - t0)
-    return (area * dx).sum((-2, -1)) / BLOCK_AREA
+    return (area * edge.real).sum((-2, -1)) / 6300  # of the block's area
 
 
 # Physics -----------------------------------------------------------------------------------------
 # Chipmunk 7's step (cpSpaceStep.c, cpArbiter.c, cpCollision.c, cpBBTree.c) for this one world: a
-# circle on rails, one free block of two boxes, four static walls, no friction, no bounce, and a
-# damping that stops the block before every substep: it moves only while it is pushed. Inside,
-# velocities are px or rad per substep, and contacts are worked out in the block's frame, from its
-# centre of mass.
+# circle on rails, one free block of two boxes and of mass 1, four static walls, no friction, no
+# bounce, and a damping that stops the block before every substep: it moves only while it is pushed.
+# Inside, velocities are px or rad per substep, and contacts are worked out in the block's frame,
+# from its centre of mass.
 DT, SUBSTEPS = 0.01, 10  # s; a control step is 0.1 s
 STIFFNESS, DAMPING = 100.0, 20.0  # of the agent's PD control, 1/s^2 and 1/s
-MASS, INERTIA = 1.0, 3000.0
+INERTIA = 3000.0
 SLOP = float(np.float32(0.1))  # px that shapes may overlap unpunished (Chipmunk: 0.1f)
 BIAS = 1 - float(np.float32(0.9)) ** (60 * DT)  # share of more overlap pushed out per substep
 ITERATIONS, PERSISTENCE = 10, 3  # sweeps of the solver; substeps that a lost contact is remembered
+NEVER = -1 - PERSISTENCE  # a substep too long ago to be remembered
 _pd = np.array([[1 - STIFFNESS * DT**2, 1 - DAMPING * DT], [-STIFFNESS * DT**2, 1 - DAMPING * DT]])
 PD_RESPONSE = np.array([np.linalg.matrix_power(_pd, k + 1) for k in range(SUBSTEPS)])[..., None]
 
-# The 18 places for contacts: the agent with bar and stem; each wall (left, top, right, bottom) with
-# bar and stem at both ends of the edge that faces it. They belong to 10 pairs of shapes.
-PAIR = np.array([0, 1, *np.repeat(np.arange(2, 10), 2)])
+# There are 18 places for contacts: the agent with bar and stem; each wall (left, top, right,
+# bottom) with bar and stem at both ends of the edge that faces it. The 16 of the walls:
 EDGE_NORMALS = np.array([-1, -1j, 1, 1j])  # of the edge that ends in corner 0, 1, 2, 3 of a box
 WALL_NORMALS = np.repeat([1, 1j, -1, -1j], 4)[:, None]  # inward
-WALL_LEVELS = np.repeat([WALLS[0], WALLS[0], -WALLS[1], -WALLS[1]], 4)[:, None]  # normal . x there
+WALL_LEVELS = MIDDLE * dot(WALL_NORMALS, 1 + 1j) - FREE  # normal . x at the face
 WALL_CENTERS, WALL_HALF_LENGTH = MIDDLE * cross(WALL_NORMALS, 1 + 1j), 250.5
 _edge = (np.arange(4) - np.arange(4)[:, None]) % 4  # facing wall w after q quarter turns, [q, w]
 FACING_ENDS = ((_edge[..., None, None] - [0, 1]) % 4 + [[0], [4]]).reshape(4, 16).T
 
 # Leaves of the broad phase: bar, stem, agent. Their boxes are (left, top, -right, -bottom), so that
 # "contains" is <= and a union is a minimum. The first are those of gym-pusht's world as built.
-FIRST_LEAVES = np.array([[184, 238, 238], [297, 321, 382], [-328, -274, -274], [-333, -429, -418]])
-BOX_MIDDLES, LEAVES = np.array([-30j, 30j])[:, None, None], np.arange(3)[:, None]
-HALF_LONG, HALF_WIDE = np.array([60.0, 15.0])[:, None, None], np.array([15.0, 45.0])[:, None, None]
+FIRST_LEAVES = np.array([[184.0, 238, 238], [297, 321, 382], [-328, -274, -274],
+                         [-333, -429, -418]])[..., None]
+BOX_MIDDLES = np.array([[-30j], [30j]])
+HALF_LONG, HALF_WIDE = np.array([[60.0], [15.0]]), np.array([[15.0], [45.0]])
 
 
 def circle_contacts(agent):
@@ -152,10 +147,10 @@ def circle_contacts(agent):
     point = np.minimum(np.maximum(xy, LOW[:, None]), HIGH[:, None]).view(complex)[..., 0]
     normal = point - agent
     distance = np.abs(normal)
-    if np.count_nonzero(distance) == distance.size:
-        return point, normal / distance, distance
     inside = distance == 0  # the circle's centre is in a box: leave through the nearest face
-    box, env = np.nonzero(inside)
+    if not np.count_nonzero(inside):
+        return point, normal / distance, distance
+    box, env = inside.nonzero()
     gaps = np.concatenate([xy[env] - LOW[box], HIGH[box] - xy[env]], 1)
     face, gap = gaps.argmin(1), gaps.min(1)
     normal /= np.where(inside, 1, distance)
@@ -168,8 +163,8 @@ def wall_contacts(center, angle, rotation):
     """Where the two boxes meet the four walls; center, angle, rotation (n,).
 
     A wall touches the ends of the edge that faces it, or what is left of the edge where it sticks
-    out past the wall's own ends (cpCollision.c ContactPoints). Returns three (16, n) arrays: the
-    corner's index in 0..7, the contact in the block's frame, and the depth [px].
+    out past the wall's own ends (cpCollision.c ContactPoints). Returns the corners' indices 0..7,
+    (16, n), and five (16, n) arrays as `solve_contacts` takes them first.
     """
     ends = FACING_ENDS[:, np.rint(angle / (np.pi / 2)).astype(int) % 4]
     arm = CORNERS[ends] * rotation
@@ -179,7 +174,10 @@ def wall_contacts(center, angle, rotation):
         edge = (edge[:, ::-1] - edge).reshape(16, -1)  # from this end to the other
         length = np.maximum(np.abs(cross(WALL_NORMALS, edge)), 1e-9)  # along the wall
         arm = arm + edge * np.clip(past / length, 0, 1)
-    return ends, arm * rotation.conj(), WALL_LEVELS - dot(WALL_NORMALS, center + arm)
+    depth = WALL_LEVELS - dot(WALL_NORMALS, center + arm)
+    normal = WALL_NORMALS * rotation.conj()
+    lever = cross(arm * rotation.conj(), normal)
+    return ends, (depth >= 0, normal, lever, 0 * depth, BIAS * np.maximum(depth - SLOP, 0))
 
 
 def solve_contacts(touch, normal, lever, speed, push_speed, start, kept):
@@ -189,7 +187,7 @@ def solve_contacts(touch, normal, lever, speed, push_speed, start, kept):
     one matrix. `start` are the impulses of the last substep, `kept` the part of them that is not
     applied. Returns velocity (2, n), spin (2, n) of the two systems, and the impulses (K, n).
     """
-    matrix = dot(normal[:, None], normal) / MASS + lever[:, None] * lever / INERTIA
+    matrix = dot(normal[:, None], normal) + lever[:, None] * lever / INERTIA
     sweep = range(len(normal))
     scale = touch / matrix[sweep, sweep]
     matrix *= scale[:, None]
@@ -203,7 +201,7 @@ def solve_contacts(touch, normal, lever, speed, push_speed, start, kept):
             for weight, value in others[i]:
                 rest = rest - weight * value
             np.maximum(rest, least[i], out=x[i])
-    velocity = sum(x[i] * normal[i] for i in sweep) / MASS
+    velocity = sum(x[i] * normal[i] for i in sweep)
     return velocity, sum(x[i] * lever[i] for i in sweep) / INERTIA, x[:, 0] + kept
 
 
@@ -213,34 +211,33 @@ class World:
     def place(self, state):
         """Put agents and blocks at rest, (B, 5), and let Chipmunk find their contacts once."""
         B = len(state)
-        self._agent, self._agent_velocity = as_complex(state[:, :2]), np.zeros(B, complex)
+        self._agent, self._agent_velocity = state[:, :2] @ [1, 1j], np.zeros(B, complex)
         angle = state[:, 4].copy()
         self._block = {
-            "center": as_complex(state[:, 2:4]) + CENTER * np.exp(1j * angle), "angle": angle,
+            "center": state[:, 2:4] @ [1, 1j] + CENTER * np.exp(1j * angle), "angle": angle,
             "velocity": np.zeros(B, complex), "spin": np.zeros(B),
             "contact_velocity": np.zeros(B, complex),  # without the push out of overlap
-            "impulse": np.zeros((18, B)), "corner": np.full((18, B), -1),
-            "touched": np.full((10, B), -1 - PERSISTENCE),  # substep of the last contact
-        }
-        self._tree = {"box": np.tile(FIRST_LEAVES[..., None] * 1.0, B), "rank": np.tile(LEAVES, B),
+            # Of the agent's contacts with bar and stem, and of the walls': what Chipmunk remembers.
+            "impulse": np.zeros((2, B)), "wall_impulse": np.zeros((16, B)),
+            "touched": np.full((2, B), NEVER), "wall_touched": np.full((8, B), NEVER),  # substep
+            "wall_corner": np.full((16, B), -1)}
+        self._tree = {"box": np.tile(FIRST_LEAVES, B), "rank": np.tile([[0], [1], [2]], B),
                       "moved": np.full((3, B), -1)}
         self._clock = 0
-        return self._simulate(self._agent[None], self._agent_velocity[None], wake=True)
+        self._simulate(self._agent[None], self._agent_velocity[None], wake=True)
 
     def drive(self, target):
         """One control step: the agents head for target (B,) complex. Returns which blocks moved."""
         offset = self._agent - target
         path = target + PD_RESPONSE[:, 0, 0] * offset + PD_RESPONSE[:, 0, 1] * self._agent_velocity
         velocity = PD_RESPONSE[:, 1, 0] * offset + PD_RESPONSE[:, 1, 1] * self._agent_velocity
-        moved = self._simulate(path, velocity)
         self._agent, self._agent_velocity = path[-1].copy(), velocity[-1].copy()
-        return moved
+        return self._simulate(path, velocity)
 
     def block_pose(self):
         """(B, 3): x, y [px] and angle [rad] of the block; the angle is not wrapped."""
         center, angle = self._block["center"], self._block["angle"]
-        origin = center - CENTER * np.exp(1j * angle)
-        return np.stack([origin.real, origin.imag, angle], 1)
+        return np.column_stack([as_floats(center - CENTER * np.exp(1j * angle)), angle])
 
     def _simulate(self, path, velocity, wake=False):
         """Move the blocks while the agents follow their paths (substeps, B); returns who did."""
@@ -249,20 +246,18 @@ class World:
         past = np.zeros((3, *path.shape), complex)  # what the broad phase has to know
         past[0], past[1] = center, rotation
         awake = (block["velocity"] != 0) | (block["spin"] != 0) | wake
-        if not awake.all():  # a block at rest sleeps until the agent touches it
-            near = np.flatnonzero((np.abs(path - center).min(0) < REACH + AGENT_RADIUS) & ~awake)
-            if len(near):
-                agent = (path[:, near] - center[near]) * rotation[near].conj()
-                distance = circle_contacts(agent.ravel())[2].reshape(2, substeps, -1)
-                awake[near] = (distance <= AGENT_RADIUS).any((0, 1))
+        near = ~awake & (np.abs(path - center).min(0) < REACH + AGENT_RADIUS)
+        if np.count_nonzero(near):  # a block at rest sleeps until the agent touches it
+            agent = (path[:, near] - center[near]) * rotation[near].conj()
+            distance = circle_contacts(agent.ravel())[2].reshape(2, substeps, -1)
+            awake[near] = (distance <= AGENT_RADIUS).any((0, 1))
         envs = np.flatnonzero(awake)
         self._known = np.zeros(len(center), int)  # substeps that the broad phase has seen
         if len(envs):
-            run = SimpleNamespace(envs=envs, block=block, path=path, velocity=velocity, past=past)
-            if len(envs) < len(center):
-                run.block = {name: value[..., envs] for name, value in block.items()}
-                run.path, run.velocity = path[:, envs], velocity[:, envs]
-                run.past = past[:, :, envs]
+            some = envs if len(envs) < len(center) else slice(None)  # all: views instead of copies
+            run = SimpleNamespace(
+                envs=envs, path=path[:, some], velocity=velocity[:, some], past=past[:, :, some],
+                block={name: values[..., some] for name, values in block.items()})
             # In a step the block goes no farther than by its own velocity, the agent's way, and
             # the deepest overlap, which is 30 px. Only near a wall need walls be looked for.
             reach = REACH + np.abs(run.block["velocity"]) + np.abs(run.velocity).sum(0) + 30
@@ -270,10 +265,9 @@ class World:
             run.walled = np.flatnonzero(offset + reach >= FREE)
             for k in range(substeps):
                 self._substep(run, k)
-            if len(envs) < len(center):
-                past[:, :, envs] = run.past
-                for name, value in run.block.items():
-                    block[name][..., envs] = value
+            past[:, :, some] = run.past
+            for name, values in run.block.items():
+                block[name][..., some] = values
         self._follow(np.arange(len(center)), path, velocity, past)
         self._clock += substeps
         return envs
@@ -290,76 +284,74 @@ class World:
         at_wall = run.walled
         if len(at_wall):
             corners = center[at_wall] - MIDDLE * (1 + 1j) + CORNERS[:, None] * rotation[at_wall]
-            farthest = np.abs(corners.view(float)).max(0).reshape(-1, 2).max(1)
-            at_wall = at_wall[farthest >= FREE]
+            at_wall = at_wall[np.abs(as_floats(corners)).max((0, 2)) >= FREE]
         if np.count_nonzero(touch) + len(at_wall) == 0:
             block["velocity"][:], block["contact_velocity"][:], block["spin"][:] = 0, 0, 0
             return
         # One contact, in closed form: the block must not be slower than the agent along the normal,
         # and overlap is pushed out on top. Without friction there is nothing else.
         lever = cross(point, normal)
-        mass = touch * (INERTIA / (INERTIA / MASS + lever * lever))  # that the contact feels
+        mass = touch * (INERTIA / (INERTIA + lever * lever))  # that the contact feels
         speed = dot(normal, run.velocity[k] * back)
         push_speed = BIAS * np.maximum(AGENT_RADIUS - SLOP - distance, 0)
         # A contact lost for one or two substeps keeps its impulse, but that is not applied.
-        missed = clock - 1 - block["touched"][:2]
-        kept = block["impulse"][:2] * ((missed > 0) & (missed < PERSISTENCE) & touch)
+        missed = clock - 1 - block["touched"]
+        start = block["impulse"] * ((missed < PERSISTENCE) & touch)
+        kept = start * (missed > 0)
         impulse = np.maximum(speed * mass, -kept)
         total = impulse + push_speed * mass
-        contact_velocity, velocity, spin = impulse * normal, total * normal, total * lever
-        contact_velocity = contact_velocity[0] + contact_velocity[1]
-        velocity, spin = velocity[0] + velocity[1], (spin[0] + spin[1]) / INERTIA
+        contact_velocity, velocity, spin = (bar + stem for bar, stem in (
+            impulse * normal, total * normal, total * lever))
+        spin /= INERTIA
         impulse += kept
         several = touch[0] & touch[1]
         several[at_wall] = True
         if np.count_nonzero(several):
             several, = several.nonzero()
-            contacts = (a[:, several] for a in (touch, point, normal, lever, speed, push_speed))
+            contacts = touch, normal, lever, speed, push_speed, start, kept
+            contacts = [values[:, several] for values in contacts]
             deep = (distance[:, several] < 0).any(0)  # agent within the block: contacts disagree
-            both, spin[several], impulse[:, several] = self._solve(
-                run, k, several, deep, len(at_wall) > 0, *contacts)
-            contact_velocity[several], velocity[several] = both[0], both[0] + both[1]
+            if len(at_wall) or np.count_nonzero(deep):
+                solution = self._solve_at_walls(run, k, several, contacts, deep)
+            else:
+                solution = solve_contacts(*contacts)
+            (speed, push), (turn, push_turn), impulse[:, several] = solution
+            contact_velocity[several], velocity[several] = speed, speed + push
+            spin[several] = turn + push_turn
         block["contact_velocity"] = contact_velocity * rotation
         block["velocity"] = velocity * rotation
         block["spin"] = spin
-        np.copyto(block["impulse"][:2], impulse, where=touch)
-        np.copyto(block["touched"][:2], clock, where=touch)
+        np.copyto(block["impulse"], impulse, where=touch)
+        np.copyto(block["touched"], clock, where=touch)
 
-    def _solve(self, run, k, rows, deep, walls, touch, point, normal, lever, speed, push_speed):
-        """Solve the environments `rows`, which have several contacts; the agent's are (2, n)."""
-        walls = walls or np.count_nonzero(deep) > 0
-        block, n, slots = run.block, len(rows), 18 if walls else 2
-        corner = np.full((slots, n), -1)
-        if walls:
-            rotation = run.past[1, k, rows]
-            center, angle = block["center"][rows], block["angle"][rows]
-            corner[2:], arm, depth = wall_contacts(center, angle, rotation)
-            wall_normal = WALL_NORMALS * rotation.conj()
-            touch = np.concatenate([touch, depth >= 0])
-            normal = np.concatenate([normal, wall_normal])
-            lever = np.concatenate([lever, cross(arm, wall_normal)])
-            speed = np.concatenate([speed, 0 * depth])
-            push_speed = np.concatenate([push_speed, BIAS * np.maximum(depth - SLOP, 0)])
-        missed = self._clock + k - 1 - block["touched"][:, rows][PAIR[:slots]]
-        same = (missed < PERSISTENCE) & (corner == block["corner"][:slots, rows])
-        start = block["impulse"][:slots, rows] * (same & touch)
-        contacts = touch, normal, lever, speed, push_speed, start, start * (missed > 0)
-        if not walls:
-            velocity, spin, impulse = solve_contacts(*contacts)
-            return velocity, spin[0] + spin[1], impulse
-        order, disputed = np.repeat(np.arange(18)[:, None], n, 1), (depth >= 0).any(0) | deep
+    def _solve_at_walls(self, run, k, rows, contacts, deep):
+        """`solve_contacts` for the n environments `rows`, with walls and in Chipmunk's order.
+
+        contacts: its arguments for the agent's contacts, (2, n) each. deep (n,): the agent is
+        within the block. The impulses returned are the agent's, (2, n).
+        """
+        block, clock, every = run.block, self._clock + k, np.arange(len(rows))
+        corner, walls = wall_contacts(block["center"][rows], block["angle"][rows],
+                                      run.past[1, k, rows])
+        touch = walls[0]
+        missed = np.repeat(clock - 1 - block["wall_touched"][:, rows], 2, 0)
+        same = (missed < PERSISTENCE) & (corner == block["wall_corner"][:, rows])
+        start = block["wall_impulse"][:, rows] * (same & touch)
+        walls = *walls, start, start * (missed > 0)
+        contacts = [np.concatenate(pair) for pair in zip(contacts, walls)]
+        order, disputed = np.tile(np.arange(18)[:, None], len(rows)), touch.any(0) | deep
         order[:, disputed] = self._order(run, k, rows[disputed])
-        order = np.argsort(np.where(touch, order, 1000), 0, kind="stable")[:touch.sum(0).max()]
-        every = np.arange(n)
-        velocity, spin, solved = solve_contacts(*(a[order, every] for a in contacts))
-        impulse = np.zeros((18, n))
-        impulse[order, every] = solved
-        pair = touch[2::2] | touch[3::2]
+        order = np.where(contacts[0], order, 1000)  # only the first K contacts touch anywhere
+        order = np.argsort(order, 0, kind="stable")[:contacts[0].sum(0).max()]
+        impulse = np.zeros((18, len(rows)))
+        velocity, spin, impulse[order, every] = solve_contacts(
+            *(values[order, every] for values in contacts))
+        pair = touch[::2] | touch[1::2]
         held = np.repeat(pair, 2, 0)
-        block["touched"][2:, rows] = np.where(pair, self._clock + k, block["touched"][2:, rows])
-        block["impulse"][2:, rows] = np.where(held, impulse[2:], block["impulse"][2:, rows])
-        block["corner"][2:, rows] = np.where(held, corner[2:], block["corner"][2:, rows])
-        return velocity, spin[0] + spin[1], impulse[:2]
+        for name, where, value in (("wall_touched", pair, clock), ("wall_corner", held, corner),
+                                   ("wall_impulse", held, impulse[2:])):
+            block[name][:, rows] = np.where(where, value, block[name][:, rows])
+        return velocity, spin, impulse[:2]
 
     def _order(self, run, k, rows):
         """When the solver visits each of the 18 contacts, (18, n): smaller is earlier.
@@ -369,9 +361,10 @@ class World:
         leaf, the pairs that it forms with earlier leaves and walls, the newest first. A leaf that
         has just moved makes its pairs anew: with walls first, in the walls' tree order.
         """
-        self._follow(run.envs[rows], run.path[:k + 1, rows], run.velocity[:k + 1, rows],
+        envs = run.envs[rows]
+        self._follow(envs, run.path[:k + 1, rows], run.velocity[:k + 1, rows],
                      run.past[:, :k + 1, rows])
-        rank, moved = self._tree["rank"][:, run.envs[rows]], self._tree["moved"][:, run.envs[rows]]
+        rank, moved = self._tree["rank"][:, envs], self._tree["moved"][:, envs]
         block, agent = rank[:2], rank[2]
         now = moved[:2] == self._clock + k
         paired = 4 * np.maximum(moved[:2], moved[2]) + block
@@ -382,7 +375,7 @@ class World:
         walls = (16 * block + np.where(now, 3 - wall, wall)).reshape(8, -1)
         return np.concatenate([contacts, np.repeat(walls, 2, 0)])
 
-    def _follow(self, envs, path, path_velocity, past):
+    def _follow(self, envs, path, agent_velocity, past):
         """Follow Chipmunk's tree of bounding boxes over the substeps that it has not seen yet.
 
         A leaf's box is fattened; when the shape leaves it, the leaf is taken out, fattened anew
@@ -392,51 +385,42 @@ class World:
         boxes, ranks, moved = self._tree["box"], self._tree["rank"], self._tree["moved"]
         known, until = self._known[envs], len(path)
         self._known[envs] = until
-        since = known.min()
-        path, (center, rotation, velocity) = path[since:], past[:, since:]
-        middle = center + BOX_MIDDLES * rotation
-        cos, sin = np.abs(rotation.real), np.abs(rotation.imag)
-        half_x, half_y = HALF_LONG * cos + HALF_WIDE * sin, HALF_LONG * sin + HALF_WIDE * cos
-        box = np.empty((4, 3, *path.shape))  # side, leaf, substep, environment
-        box[0, :2], box[1, :2] = middle.real - half_x, middle.imag - half_y
-        box[2, :2], box[3, :2] = -middle.real - half_x, -middle.imag - half_y
-        box[0, 2], box[1, 2], box[2, 2], box[3, 2] = path.real, path.imag, -path.real, -path.imag
-        box[:, 2] -= AGENT_RADIUS
-        out = (boxes[:, :, None, envs] > box).any(0)
-        time, column, never = np.arange(until - since)[:, None], np.arange(len(envs)), 3 * until
-        out &= time >= known - since
+        center, rotation, velocity = past[:, :, None]
+        middle = np.concatenate([center + BOX_MIDDLES * rotation, path[:, None]], 1)
+        middle = np.stack([middle.real, middle.imag])  # x and y, substep, leaf, environment
+        half, cos, sin = np.full_like(middle, AGENT_RADIUS), abs(rotation.real), abs(rotation.imag)
+        half[:, :, :2] = HALF_LONG * cos + HALF_WIDE * sin, HALF_LONG * sin + HALF_WIDE * cos
+        box = np.concatenate([middle - half, -middle - half])
+        time, column = np.arange(until)[:, None], np.arange(len(envs))
+        out = (boxes[:, None, :, envs] > box).any(0) & (time >= known)[:, None]
         while np.count_nonzero(out):  # one event of each environment in turn
-            here = out[:, :, column]
-            first = np.where(here.any(1), 3 * here.argmax(1) + LEAVES, never).min(0)
-            column, first = column[first < never], first[first < never]
-            env, (substep, leaf) = envs[column], np.divmod(first, 3)
-            new = box[:, leaf, substep, column]
-            ahead = np.where(leaf == 2, path_velocity[since + substep, column],
-                             velocity[substep, column]) * (0.1 / DT)
-            ahead, margin = np.stack([ahead.real, ahead.imag]), -0.1 * (new[:2] + new[2:])
+            column = column[out[:, :, column].any((0, 1))]
+            substep, leaf = np.divmod(out[:, :, column].reshape(-1, len(column)).argmax(0), 3)
+            env, new = envs[column], box[:, substep, leaf, column]
+            speed = np.where(leaf == 2, agent_velocity[substep, column],
+                             velocity[substep, 0, column])
+            ahead, margin = 0.1 / DT * as_floats(speed).T, -0.1 * (new[:2] + new[2:])
             new[:2] -= np.maximum(margin, -ahead)
             new[2:] -= np.maximum(margin, ahead)
-            boxes[:, leaf, env] = new
-            moved[leaf, env] = self._clock + since + substep
+            boxes[:, leaf, env], moved[leaf, env] = new, self._clock + substep
             one, two = (leaf + 1) % 3, (leaf + 2) % 3
             swap = ranks[one, env] > ranks[two, env]
             one, two = np.where(swap, two, one), np.where(swap, one, two)
             second = joins_second(boxes[:, one, env], boxes[:, two, env], new)
             ranks[leaf, env], ranks[one, env], ranks[two, env] = second, 1 - second, 2
-            still = (new.T[..., None] > box[:, leaf, :, column]).any(1)
-            out[leaf, :, column] = still & (time.T > substep[:, None])
+            still = (new[:, None] > box[:, :, leaf, column]).any(0)
+            out[:, leaf, column] = still & (time > substep)
 
 
 def joins_second(one, two, new):
     """Does the tree (one, two) grow less if a new leaf joins two? Boxes are (4, n)."""
-    def area(box):
-        return (box[0] + box[2]) * (box[1] + box[3])
-
-    def away(box):
-        return np.abs(box[:2] - box[2:] - new[:2] + new[2:]).sum(0)
-    first = area(two) + area(np.minimum(one, new))
-    second = area(one) + area(np.minimum(two, new))
-    return np.where(first == second, away(two) < away(one), second < first) * 1
+    area_one, area_two, grown_one, grown_two = (
+        (box[0] + box[2]) * (box[1] + box[3])
+        for box in (one, two, np.minimum(one, new), np.minimum(two, new)))
+    away_one, away_two = (np.abs(box[:2] - box[2:] - new[:2] + new[2:]).sum(0)
+                          for box in (one, two))
+    first, second = area_two + grown_one, area_one + grown_two
+    return np.where(first == second, away_two < away_one, second < first)
 
 
 # Environment -------------------------------------------------------------------------------------
@@ -452,7 +436,7 @@ def start_near(rng):
     away = 60 * np.sqrt(rng.uniform()) * np.exp(2j * np.pi * rng.uniform())
     pose = GOAL + [away.real, away.imag, rng.uniform(-0.75, 0.75)]
     agents = rng.uniform(50, 450, (32, 2))  # at least one of 32 is free, but for a chance of 1e-30
-    local = as_complex(agents - pose[:2]) * np.exp(-1j * pose[2]) - CENTER
+    local = (agents - pose[:2]) @ [1, 1j] * np.exp(-1j * pose[2]) - CENTER
     free = (circle_contacts(local)[2] > AGENT_RADIUS).all(0)
     return np.concatenate([agents[free.argmax()], pose])
 
@@ -466,6 +450,7 @@ class PushT(World):
 
     task: "full" (the benchmark's starts) or "near"; observation: "state" (B, 5), "keypoints"
     (B, 18: eight corners, agent) or "pixels" (B, 96, 96, 3) uint8; truncated after max_steps.
+    ValueError for other choices, and for states and actions that are not finite or misshapen.
     """
 
     def __init__(self, num_envs=1, task="full", success_threshold=0.95, max_steps=300,
@@ -481,22 +466,15 @@ class PushT(World):
         self.reset(0)
 
     def reset(self, seed=0):
-        """Start anew: environment i from seed + i, or from seed[i]; returns the observation.
-
-        In task "full" these are the very scenes of gym-pusht 0.1.8's `reset(seed=...)`.
-        """
+        """Start anew: environment i from seed + i, or from seed[i]; returns the observation."""
         seeds = seed + np.arange(self.num_envs) if np.ndim(seed) == 0 else seed
         return self.set_state([START[self.task](np.random.default_rng(int(s))) for s in seeds])
 
     def set_state(self, state):
-        """Set exactly this state, (B, 5) as `state` has it, all at rest; returns the observation.
-
-        To set what gym-pusht's `reset_to_state` would, pass the pose through `from_legacy`.
-        """
+        """Set exactly this state (B, 5), see `state`, all at rest; returns the observation."""
         self.place(self._checked("state", state, 5))
-        self.steps = np.zeros(self.num_envs, int)
+        self.steps, self.max_coverage = np.zeros(self.num_envs, int), np.zeros(self.num_envs)
         self._coverage = block_coverage(self.block_pose())
-        self.max_coverage = np.zeros(self.num_envs)
         return self.observe()
 
     def step(self, actions):
@@ -505,7 +483,7 @@ class PushT(World):
         Returns observation, reward (B,) = min(coverage / threshold, 1), terminated (B,), truncated
         (B,) and info: coverage, max_coverage since the start, is_success. It never resets anything.
         """
-        moved = self.drive(as_complex(self._checked("actions", actions, 2)))
+        moved = self.drive(self._checked("actions", actions, 2) @ [1, 1j])
         if len(moved):
             self._coverage[moved] = block_coverage(self.block_pose()[moved])
         self.steps += 1
@@ -517,12 +495,11 @@ class PushT(World):
         return self.observe(), reward, terminated, self.steps >= self.max_steps, info
 
     def _checked(self, name, values, width):
-        values = np.array(values, float)
-        if values.shape != (self.num_envs, width):
-            raise ValueError(f"{name} has shape {values.shape}; "
-                             f"expected ({self.num_envs}, {width})")
+        values, shape = np.array(values, float), (self.num_envs, width)
+        if values.shape != shape:
+            raise ValueError(f"{name} has shape {values.shape}; expected {shape}")
         if not np.isfinite(values).all():
-            raise ValueError(f"{name} must be finite numbers of shape ({self.num_envs}, {width}); "
+            raise ValueError(f"{name} must be finite numbers of shape {shape}; "
                              "it holds NaN or infinity")
         return values
 
@@ -552,9 +529,8 @@ class PushT(World):
     def keep(self, mask):
         """Go on with the environments where mask (B,) is true, drop the others."""
         for values in vars(self), self._block, self._tree:
-            for name, value in values.items():
-                if isinstance(value, np.ndarray):
-                    values[name] = value[..., mask]
+            values |= {name: value[..., mask] for name, value in values.items()
+                       if isinstance(value, np.ndarray)}
         self.num_envs = len(self._agent)
 
 
@@ -581,8 +557,7 @@ class Painter:
         self.share = np.stack([1 - share, share], 1).ravel().astype(np.float32)
         out = np.abs(self.taps - MIDDLE) - FREE
         out = np.maximum(out, out[:, None])
-        self.wall = self.shrink((out >= 0) & (out <= 4))[..., None]
-        self.rim = int(np.ceil(9 * size / BOARD))  # pixels within which the walls are
+        self.wall = self.shrink((out >= 0) & (out <= 4))[None, ..., None]
         self.background = np.full((1, size, size, 3), COLORS["board"], np.uint8)
         self.draw_block(self.background, GOAL[None], 0.5, ("goal", "goal"))
 
@@ -604,9 +579,9 @@ class Painter:
         """Paint masks (n, 2P, 2P) in their colors over a window of the images, in place."""
         first, x, y = window
         shares = [self.shrink(mask, x, y)[:, None] for mask in masks]
-        size = shares[0].shape[2:]
         # all windows of all images as one view (n, row, column, 3, P, P): n of them are changed
-        windows = np.lib.stride_tricks.sliding_window_view(images, size, (1, 2), writeable=True)
+        windows = np.lib.stride_tricks.sliding_window_view(images, shares[0].shape[2:], (1, 2),
+                                                           writeable=True)
         chosen = np.arange(len(images)), first[:, 1], first[:, 0]
         patch = windows[chosen] * (1 - sum(shares)) + np.float32(0.5)
         for share, color in zip(shares, colors):
@@ -637,58 +612,59 @@ class Painter:
         inner, disc = square <= (AGENT_RADIUS - 4) ** 2, square <= AGENT_RADIUS ** 2
         self.blend(images, window, (inner, disc & ~inner), ("agent", "rim"))
 
-    def __call__(self, states):
+    def draw(self, states):
         images = np.repeat(self.background, len(states), 0)
         self.draw_block(images, states[:, 2:], 2.5, ("fill", "edge"))
         self.draw_agent(images, states[:, :2])
-        low, high, every = slice(self.rim), slice(-self.rim, None), slice(None)
-        middle = slice(self.rim, -self.rim)
-        for rows, columns in (low, every), (high, every), (middle, low), (middle, high):
-            share, strip = self.wall[rows, columns], images[:, rows, columns]
-            strip[:] = strip * (1 - share) + share * np.float32(COLORS["wall"]) + np.float32(0.5)
+        rim = int(np.ceil(9 * self.size / BOARD))  # pixels within which the walls are
+        inner = slice(rim, -rim)
+        for part in np.s_[:, :rim], np.s_[:, -rim:], np.s_[:, inner, :rim], np.s_[:, inner, -rim:]:
+            wall = self.wall[part] * np.float32(COLORS["wall"])
+            images[part] = images[part] * (1 - self.wall[part]) + wall + np.float32(0.5)
         return images
 
 
-def draw_states(states, size=96, chunk=64):
+def draw_states(states, size=96):
     """Pictures of states (..., 5) as gym-pusht draws them: (..., size, size, 3) uint8 RGB."""
     states = np.asarray(states, float)
-    flat, painter = states.reshape(-1, 5), Painter(size)  # in chunks that fit into the cache
-    images = [painter(flat[i:i + chunk]) for i in range(0, len(flat), chunk)]
-    return np.concatenate(images).reshape(*states.shape[:-1], size, size, 3)
+    chunks = np.split(states.reshape(-1, 5), range(64, states.size // 5, 64))  # fit into the cache
+    images = np.concatenate([Painter(size).draw(chunk) for chunk in chunks])
+    return images.reshape(*states.shape[:-1], size, size, 3)
 
 
-def draw_rollouts(states, lengths, folder, size=192, columns=4, rows=2, every=3):
-    """Save the first rollouts as `rollouts.png` (agents' ways, last frames) and `rollout.gif`.
+def draw_rollouts(states, lengths, folder):
+    """Save the first eight rollouts: `rollouts.png`, the agents' ways, and the film `rollout.gif`.
 
     states (steps + 1, B, 5); lengths (B,): the steps of each rollout that count; folder: a path.
     """
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.figure import Figure
-    states, folder = np.asarray(states)[:, :rows * columns], Path(folder)
-    lengths = np.minimum(lengths[:rows * columns], len(states) - 1)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    last = states[lengths, np.arange(len(lengths))]
-    figure = Figure(figsize=(2 * columns, 2.1 * rows))
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    lengths = np.minimum(lengths[:8], len(states) - 1)
+
+    def frames(time):
+        return states[np.minimum(time, lengths), np.arange(len(lengths))]
+
+    figure, last = Figure(figsize=(8, 4.2)), frames(lengths)
+    axes = figure.subplots(2, 4).ravel()
     for axis in axes:
         axis.set_axis_off()
-    for i, (axis, length, coverage) in enumerate(zip(axes, lengths, block_coverage(last[:, 2:]))):
-        axis.imshow(draw_states(last[i], size), extent=(0, BOARD, BOARD, 0))
-        axis.plot(*states[:length + 1, i, :2].T, color="tab:orange", linewidth=1)
-        axis.set_title(f"{length} steps, coverage {coverage:.2f}", fontsize=8)
+    images = [axis.imshow(picture, extent=(0, BOARD, BOARD, 0))
+              for axis, picture in zip(axes, draw_states(last, 192))]
+    for i, coverage in enumerate(block_coverage(last[:, 2:])):
+        axes[i].plot(*states[:lengths[i] + 1, i, :2].T, color="tab:orange", linewidth=1)
+        axes[i].set_title(f"{lengths[i]} steps, coverage {coverage:.2f}", fontsize=8)
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.94, 0.04, 0.12)
     figure.savefig(folder / "rollouts.png", dpi=120)
-    times = [*range(0, lengths.max() + 1, every), *[lengths.max()] * 5]  # the end stays for a while
-    images = [axis.images[0] for axis, _ in zip(axes, lengths)]
-    for axis in axes:
+    for axis in axes[:len(images)]:
+        axis.lines[0].remove()
         axis.set_title("")
-        for line in axis.lines:
-            line.remove()
 
     def show(time):
-        frames = draw_states(states[np.minimum(time, lengths), np.arange(len(lengths))], size)
-        for image, frame in zip(images, frames):
-            image.set_data(frame)
+        for image, picture in zip(images, draw_states(frames(time), 192)):
+            image.set_data(picture)
+    times = [*range(0, lengths.max() + 1, 3), *[lengths.max()] * 5]  # the end stays for a while
     FuncAnimation(figure, show, times).save(folder / "rollout.gif", PillowWriter(fps=10), dpi=60)
 
 
@@ -717,29 +693,26 @@ _FACES = [(-52, 52, 7, 1j), (-8 + 120j, 8 + 120j, 3, -1j),  # first, last contac
           (52 + 30j, 36 + 30j, 2, -1j), (-52 + 30j, -36 + 30j, 2, -1j),
           (15 + 50j, 15 + 112j, 4, -1), (-15 + 50j, -15 + 112j, 4, 1)]
 _NODES = CORNERS[[0, 1, 2, 6, 7, 3]] + (AGENT_RADIUS + CLEARANCE) * np.array(
-    [-1 - 1j, 1 - 1j, 1 + 1j, 1 + 1j, -1 + 1j, -1 + 1j])  # around the convex corners
+    [-1 - 1j, 1 - 1j, 1 + 1j, 1 + 1j, -1 + 1j, -1 + 1j])  # a ring around the convex corners
 
 
-def _blocked(start, end):
-    """FORBIDDEN where the straight way from start to end comes too near the block, else 0."""
+def _straight(start, end):
+    """Lengths of the straight ways from start to end, + FORBIDDEN where too near the block."""
     way, blocked = end - start, False
     reach = AGENT_RADIUS + CLEARANCE - 0.01  # sliding along the outline is allowed
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for low, high in BOXES - CENTER_OF_MASS + [[[-reach], [reach]]]:
-            x = (low[0] - start.real) / way.real, (high[0] - start.real) / way.real
-            y = (low[1] - start.imag) / way.imag, (high[1] - start.imag) / way.imag
-            enter = np.maximum(np.fmin(*x), np.fmin(*y))
-            leave = np.minimum(np.fmax(*x), np.fmax(*y))
-            blocked |= (enter < leave) & (leave > 0) & (enter < 1)
-    return FORBIDDEN * blocked
+    for low, high in zip(LOW - reach, HIGH + reach):
+        x = crossing(start.real, way.real, low[0], high[0])
+        y = crossing(start.imag, way.imag, low[1], high[1])
+        enter, leave = np.maximum(x[0], y[0]), np.minimum(x[1], y[1])
+        blocked |= (enter < leave) & (leave > 0) & (enter < 1)
+    return np.abs(way) + FORBIDDEN * blocked
 
 
 def _outside(points):
     """The nearest points at which the agent keeps CLEARANCE. Block frame, any shape."""
     side, x, y = np.where(points.real < 0, -1, 1), np.abs(points.real), points.imag
-    (bar, stem), reach = BOXES - CENTER_OF_MASS, AGENT_RADIUS + CLEARANCE
-    wide, narrow = bar[1, 0] + reach, stem[1, 0] + reach
-    top, notch, end = bar[0, 1] - reach, bar[1, 1] + reach, stem[1, 1] + reach
+    (wide, notch), (narrow, end) = HIGH + AGENT_RADIUS + CLEARANCE  # the outline, by symmetry of
+    top = LOW[0, 1] - AGENT_RADIUS - CLEARANCE  # its right half only
     inside = (y > top) & (y < end) & (x < np.where(y < notch, wide, narrow))
     exits = np.stack([x + 1j * top, wide + 1j * np.minimum(y, notch), x + 1j * end,
                       np.maximum(x, narrow) + 1j * notch, narrow + 1j * np.maximum(y, notch)])
@@ -748,13 +721,21 @@ def _outside(points):
     return np.where(inside, side * exits.real + 1j * exits.imag, points)
 
 
-def _around(closed):
-    """Ways between the nodes, closed (..., 6) added cost -> forwards, shortest: (..., 6, 6) px."""
+def _ways(start, closed=np.zeros(6)):
+    """Ways of the agent from start (B,) to the K places _WAIT; closed (B, 6): added cost of nodes.
+
+    Returns the lengths straight and along the ring, (B, K), that of the way along the ring from
+    each first node to each last, (B, 6, 6), and the sense in which it goes, +1 or -1.
+    """
     edges = np.abs(np.roll(_NODES, -1) - _NODES) + closed + np.roll(closed, -1, -1)
     position = np.concatenate([np.zeros_like(edges[..., :1]), edges.cumsum(-1)], -1)
     total = position[..., -1:, None]
     forward = (position[..., None, :6] - position[..., :6, None]) % total
-    return forward, np.minimum(forward, total - forward)
+    ring = np.minimum(forward, total - forward)
+    to_node = (_straight(start[:, None], _NODES) + closed)[:, :, None] + ring
+    by_ring = (to_node.min(1)[:, :, None] + _TAIL).min(1)
+    sense = np.broadcast_to(np.where(forward <= ring, 1, -1), to_node.shape)
+    return _straight(start[:, None], _WAIT), by_ring, to_node, sense
 
 
 _NORMAL = np.concatenate([np.full(number, normal, complex) for _, _, number, normal in _FACES])
@@ -766,11 +747,8 @@ _RATE = _TORQUE / (INERTIA + _TORQUE ** 2)  # rad per px of push
 _CONTACT = _POINT - AGENT_RADIUS * _NORMAL  # where the agent's centre is
 _ADVANCE = 1j * _RATE * (_CONTACT - _PIVOT)  # how that place moves per px of push
 _WAIT = _outside(_CONTACT - CLEARANCE * _NORMAL)  # from where it is approached
-_TAIL = np.abs(_NODES[:, None] - _WAIT) + _blocked(_NODES[:, None], _WAIT)  # (6, K) px
-_VIA = (_TAIL[:, None] + _around(np.zeros(6))[1][..., None]).min(0)
-_CHANGE = 2 * CLEARANCE + np.minimum(  # the way from contact to contact, (K, K) px
-    np.abs(_WAIT[:, None] - _WAIT) + _blocked(_WAIT[:, None], _WAIT),
-    (_VIA[..., None] + _TAIL[:, None]).min(0))
+_TAIL = _straight(_NODES[:, None], _WAIT)  # (6, K) px
+_CHANGE = 2 * CLEARANCE + np.minimum(*_ways(_WAIT)[:2])  # from contact to contact, (K, K) px
 
 
 def _distance(error, turn):
@@ -824,33 +802,28 @@ def expert_action(state):
     the pushes afresh; if the agent is in the lane before the best contact, push along the inward
     normal, else travel there around the block.
     """
-    rows = np.arange(len(state))
-    agent, angle = state[:, 0] + 1j * state[:, 1], np.exp(1j * state[:, 4])
-    center = state[:, 2] + 1j * state[:, 3] + angle * CENTER
-    local = (agent - center) / angle
-    goal_angle = np.exp(1j * GOAL[2])
-    error = (center - complex(*GOAL[:2])) / goal_angle - CENTER
-    turn = angle / goal_angle
+    rows, state = np.arange(len(state)), np.asarray(state, float)
+    rotation, goal_rotation = np.exp(1j * state[:, 4]), np.exp(1j * GOAL[2])
+    center = state[:, 2:4] @ [1, 1j] + rotation * CENTER
+    local = (state[:, :2] @ [1, 1j] - center) / rotation  # the agent
+    error = (center - complex(*GOAL[:2])) / goal_rotation - CENTER
+    turn = rotation / goal_rotation
 
     def off_board(points):
-        points = center[:, None] + angle[:, None] * points
-        return FORBIDDEN * (np.maximum(np.abs(points.real - 256), np.abs(points.imag - 256)) > 253)
+        world = as_floats(center[:, None] + rotation[:, None] * points)
+        return FORBIDDEN * (np.abs(world - BOARD / 2).max(-1) > 253)
 
-    # The ways to all contacts: straight, or along the ring of nodes around the block.
     offset = local[:, None] - _CONTACT
     gap, aside = -dot(_NORMAL, offset), np.abs(cross(_NORMAL, offset))
     in_lane = (gap > -4) & (gap < CLEARANCE + 1) & (aside < 4 + 0.6 * np.maximum(gap, 0))
-    start, closed = _outside(local), off_board(_NODES)
-    forward, ring = _around(closed)
-    head = np.abs(_NODES - start[:, None]) + _blocked(start[:, None], _NODES) + closed
-    to_node = head[:, :, None] + ring  # (B, first node, last node)
-    by_ring = (to_node.min(1)[:, :, None] + _TAIL).min(1)
-    direct = np.abs(_WAIT - start[:, None]) + _blocked(start[:, None], _WAIT)
+    start = _outside(local)
+    direct, by_ring, to_node, sense = _ways(start, off_board(_NODES))
     way = np.abs(start - local)[:, None] + np.minimum(direct, by_ring) + CLEARANCE
     travel = np.where(in_lane, np.abs(gap) + aside, way) + off_board(_CONTACT)
 
     k = _plan(error, turn, travel)
-    in_lane, gap, aside, way = in_lane[rows, k], gap[rows, k], aside[rows, k], way[rows, k]
+    in_lane, gap, aside, way, direct, by_ring = (
+        values[rows, k] for values in (in_lane, gap, aside, way, direct, by_ring))
     push_ahead, travel_ahead = (np.minimum(low + slope * _distance(error, turn), high)
                                 for low, slope, high in (PUSH_AHEAD, TRAVEL_AHEAD))
     # In the lane: ahead along the push, less where the agent is not yet in touch or off the line.
@@ -859,18 +832,17 @@ def expert_action(state):
     # Else: ahead along the way, a line of five points.
     last = (to_node.min(1) + _TAIL.T[k]).argmin(1)
     node = to_node[rows, :, last].argmin(1)
-    step = np.where(forward[rows, node, last] <= ring[rows, node, last], 1, -1)
-    straight = direct[rows, k] <= by_ring[rows, k]
+    after = _NODES[(node + sense[rows, node, last]) % 6]
+    straight = direct <= by_ring
     arrives = straight | (node == last)
-    after = _NODES[(node + step) % 6]
     line = np.stack([local, start, np.where(straight, _WAIT[k], _NODES[node]),
                      np.where(arrives, _WAIT[k], after), np.where(arrives, _CONTACT[k], after)], 1)
     pieces = np.diff(line, axis=1)
     lengths = np.abs(pieces)
     ahead = np.minimum(travel_ahead, push_ahead + 0.5 * way)[:, None]  # slower on arrival
     done = np.clip((ahead - lengths.cumsum(1) + lengths) / np.maximum(lengths, 1e-9), 0, 1)
-    target = center + angle * np.where(in_lane, push, local + (done * pieces).sum(1))
-    return np.clip(np.stack([target.real, target.imag], -1), 0, BOARD)
+    target = center + rotation * np.where(in_lane, push, local + (done * pieces).sum(1))
+    return np.clip(as_floats(target), 0, BOARD)
 
 
 def expert_demonstrations(count, task="full", seed=0):
@@ -883,36 +855,35 @@ def expert_demonstrations(count, task="full", seed=0):
     Returns a dict of state (N, 5) float32, action (N, 2) float32 px chosen in that state, and
     episode_ends (count,) int64.
     """
-    rng = np.random.default_rng([seed, 1])  # a stream that PushT.reset never uses
-    episodes, bar = [], tqdm(total=count, desc="demonstrations", mininterval=1)
-    while len(episodes) < count:
-        number = count - len(episodes)
-        start = np.array([START[task](rng) for _ in range(number)])
-        for i in np.flatnonzero(rng.random(number) < CLOSE_SHARE):
-            start[i] = START["near"](rng)
-            move = (np.exp(rng.uniform(np.log(0.08), 0)) - 1) * (start[i, 2:] - GOAL)  # to 5..60 px
-            start[i] += *move[:2], *move
-        env = PushT(number, task)
-        state, alive = env.set_state(start), np.arange(number)
-        size, noise = rng.permutation(np.resize(NOISE, number))[:, None], np.zeros((number, 2))
-        states = np.zeros((number, env.max_steps, 5), np.float32)
-        actions = np.zeros((number, env.max_steps, 2), np.float32)
-        ends = np.zeros(number, int)
-        for step in range(env.max_steps):
-            action = expert_action(state)
-            states[alive, step], actions[alive, step] = state, action
-            done = env.max_coverage > STOP_COVERAGE  # so the last recorded state is beyond it
-            ends[alive[done]] = step + 1
-            bar.update(int(done.sum()))
-            noise = 0.8 * noise + 0.6 * size[alive] * rng.standard_normal(noise.shape)
-            action = np.clip(action + noise, 0, BOARD)[~done]
-            alive, noise = alive[~done], noise[~done]
-            env.keep(~done)
-            if not len(alive):
-                break
-            state = env.step(action)[0]
-        episodes += [(states[i, :end], actions[i, :end]) for i, end in enumerate(ends) if end]
-    bar.close()
+    rng, episodes = np.random.default_rng([seed, 1]), []  # a stream that PushT.reset never uses
+    with tqdm(total=count, desc="demonstrations", mininterval=1, disable=count < 20) as bar:
+        while len(episodes) < count:
+            number = count - len(episodes)
+            env = PushT(number, task)
+            start = np.array([START[task](rng) for _ in range(number)])
+            for i in np.flatnonzero(rng.random(number) < CLOSE_SHARE):
+                start[i] = start_near(rng)
+                move = (np.exp(rng.uniform(np.log(0.08), 0)) - 1) * (start[i, 2:] - GOAL)
+                start[i] += *move[:2], *move  # to 5..60 px
+            state, alive = env.set_state(start), np.arange(number)
+            size, noise = rng.permutation(np.resize(NOISE, number))[:, None], np.zeros((number, 2))
+            states = np.zeros((number, env.max_steps, 5), np.float32)
+            actions = np.zeros((number, env.max_steps, 2), np.float32)
+            ends = np.zeros(number, int)
+            for step in range(env.max_steps):
+                action = expert_action(state)
+                states[alive, step], actions[alive, step] = state, action
+                done = env.max_coverage > STOP_COVERAGE  # so the last recorded state is beyond it
+                ends[alive[done]] = step + 1
+                bar.update(int(done.sum()))
+                noise = 0.8 * noise + 0.6 * size[alive] * rng.standard_normal(noise.shape)
+                action = np.clip(action + noise, 0, BOARD)[~done]
+                alive, noise = alive[~done], noise[~done]
+                env.keep(~done)
+                if not len(alive):
+                    break
+                state = env.step(action)[0]
+            episodes += [(states[i, :end], actions[i, :end]) for i, end in enumerate(ends) if end]
     states, actions = (np.concatenate(part) for part in zip(*episodes))
     return {"state": states, "action": actions,
             "episode_ends": np.cumsum([len(episode) for episode, _ in episodes])}
@@ -935,20 +906,20 @@ def load_demonstrations(path):
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a readable .npz file: {error}") from None
     for name, width in ("state", 5), ("action", 2):
-        kind, shape = data[name].dtype, data[name].shape
-        if kind.kind not in "fiu" or len(shape) != 2 or shape[1] != width:
-            raise ValueError(f"{path}: {name} is {kind} of shape {shape}; expected numbers of "
-                             f"shape (N, {width})")
-        if not np.isfinite(data[name]).all():
+        values = data[name]
+        if values.dtype.kind not in "fiu" or values.shape[1:] != (width,):
+            raise ValueError(f"{path}: {name} is {values.dtype} of shape {values.shape}; expected "
+                             f"numbers of shape (N, {width})")
+        if not np.isfinite(values).all():
             raise ValueError(f"{path}: {name} holds NaN or infinity")
-    if len(data["state"]) != len(data["action"]):
-        raise ValueError(f"{path}: {len(data['state'])} states, but {len(data['action'])} actions")
-    ends = data["episode_ends"]
+    number, ends = len(data["state"]), data["episode_ends"]
+    if number != len(data["action"]):
+        raise ValueError(f"{path}: {number} states, but {len(data['action'])} actions")
     if ends.ndim != 1 or ends.dtype.kind not in "iu" or len(ends) == 0:
         raise ValueError(f"{path}: episode_ends is {ends.dtype} of shape {ends.shape}; expected "
                          "integers of shape (E,), at least one")
-    if (np.diff(ends.astype(int), prepend=0) <= 0).any() or ends[-1] != len(data["state"]):
-        raise ValueError(f"{path}: episode_ends must increase and end at {len(data['state'])}, the "
+    if (np.diff(ends.astype(int), prepend=0) <= 0).any() or ends[-1] != number:
+        raise ValueError(f"{path}: episode_ends must increase and end at {number}, the "
                          f"number of states; they go from {ends[0]} to {ends[-1]}")
     return data
 
@@ -956,19 +927,19 @@ def load_demonstrations(path):
 class Game:
     """A window in which the mouse moves the agent at 10 Hz; adds the kept episodes to a file."""
 
-    def __init__(self, path, task="full", seed=0):
+    def __init__(self, path, task, seed):
         import matplotlib.pyplot as plt
         if plt.get_backend().lower() == "agg":
             raise ValueError("no window can be opened: install a GUI toolkit for matplotlib "
                              "(tkinter or PyQt) and run where there is a display")
-        plt.rcParams.update({"toolbar": "None", "keymap.back": [], "keymap.home": [],
-                             "keymap.quit": []})  # frees the keys k, r, q
-        self.env, self.path, self.seed, self.plt = PushT(task=task), Path(path), seed, plt
-        empty = {"state": np.zeros((0, 5), np.float32), "action": np.zeros((0, 2), np.float32),
-                 "episode_ends": np.zeros(0, int)}
-        self.data = load_demonstrations(path) if self.path.exists() else empty
+        self.env, self.path, self.seed = PushT(task=task), Path(path), seed
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        figure, self.axis = plt.subplots(figsize=(6, 6.5), num="PushT")
+        self.data = load_demonstrations(path) if self.path.exists() else {
+            "state": np.zeros((0, 5), np.float32), "action": np.zeros((0, 2), np.float32),
+            "episode_ends": np.zeros(0, int)}
+        # No zooming with the mouse; and "k" must not switch to a logarithmic axis.
+        plt.rcParams.update({"toolbar": "None", "keymap.xscale": [], "keymap.yscale": []})
+        figure, self.axis = plt.subplots(num="PushT", figsize=(6, 6.5))
         figure.subplots_adjust(0.02, 0.02, 0.98, 0.9)
         self.axis.set_axis_off()
         self.image = self.axis.imshow(self.env.render(512)[0], extent=(0, BOARD, BOARD, 0))
@@ -993,17 +964,15 @@ class Game:
         self.draw("touch the agent with the mouse to begin")
 
     def on_move(self, event):
-        if event.inaxes is self.axis:
+        if event.inaxes:
             mouse = np.array([event.xdata, event.ydata])
-            near = np.linalg.norm(mouse - self.env.state()[0, :2]) < 2 * AGENT_RADIUS
-            if near or self.target is not None:
+            distance = np.linalg.norm(mouse - self.env.state()[0, :2])
+            if self.target is not None or distance < 2 * AGENT_RADIUS:
                 self.target = mouse
 
     def on_key(self, event):
-        if event.key in ("k", "r"):
+        if event.key in ("k", "r"):  # matplotlib itself closes the window on "q"
             self.next_scene(keep=event.key == "k")
-        elif event.key == "q":
-            self.plt.close("all")
 
     def on_tick(self):
         if self.target is not None:
@@ -1018,23 +987,25 @@ class Game:
         self.image.set_data(self.env.render(512)[0])
         self.axis.set_title(f"{text}\n{len(self.data['episode_ends'])} episodes in {self.path}; "
                             "keys: k keep, r restart, q quit", fontsize=9)
-        self.axis.figure.canvas.draw_idle()
+        self.image.figure.canvas.draw_idle()
 
 
-def lesson(folder, task="full", scenes=8):
-    """Play the expert on a few scenes, print what happens, save a picture and a GIF."""
-    env = PushT(scenes, task)
-    states, lengths = [env.reset(0)], np.full(scenes, env.max_steps)
-    print(f"{scenes} scenes of task {task!r}; the state {states[0].shape} is agent x, y, block x, "
-          f"y and angle.\nScene 0: {np.round(states[0][0], 2)}, coverage {env.coverage()[0]:.3f}")
-    while len(states) <= env.max_steps and (lengths == env.max_steps).any():
+def lesson(folder, task):
+    """Play the expert on eight scenes, print what happens, save a picture and a GIF."""
+    env = PushT(8, task)
+    states, lengths = [env.reset(0)], np.full(8, env.max_steps)
+    print(f"8 scenes of task {task!r}; the state {states[0].shape} is agent x, y, block x, y and "
+          f"angle.\nScene 0: {np.round(states[0][0], 2)}, coverage {env.coverage()[0]:.3f}")
+    for step in range(1, env.max_steps + 1):
         state, _, terminated, _, info = env.step(expert_action(states[-1]))
         states.append(state)
-        lengths[terminated] = np.minimum(lengths[terminated], len(states) - 1)
-        if len(states) % 25 == 1:
-            print(f"step {len(states) - 1:3d}: coverage {np.round(info['coverage'], 2)}")
-    print(f"coverage above {env.success_threshold} in {(lengths < env.max_steps).sum()} of "
-          f"{scenes} scenes, after {lengths.mean():.0f} steps in the mean")
+        lengths[terminated] = np.minimum(lengths[terminated], step)
+        if step % 25 == 0:
+            print(f"step {step:3d}: coverage {np.round(info['coverage'], 2)}")
+        if (lengths <= step).all():
+            break
+    print(f"coverage above {env.success_threshold} in {(lengths < env.max_steps).sum()} of 8 "
+          f"scenes, after {lengths.mean():.0f} steps in the mean")
     draw_rollouts(np.stack(states), lengths, folder)
     print(f"saved {folder}/rollouts.png and {folder}/rollout.gif")
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import sim_pusht
 from diffusion import DiffusionPolicy
-from film import make_conditioning
+from film import MECHANISMS, make_conditioning
 from heads import SIZES, make_backbone
 from kinematics import PlanarArm
 
@@ -41,10 +41,9 @@ LEAD = 2
 
 # `paper` is section 2 of the paper's configuration; `laptop` trains a small network fast: a high
 # learning rate, two noise draws for each encoded observation, a random 4 of the 16 horizon steps.
-# At that rate one seed in two diverged, until betas[1] came down from 0.999 and gradients were
-# clipped at twice their usual norm.
+# At such rates training is on the edge: hence the clipped gradients and the small betas[1].
 SETTINGS = {
-    "laptop": dict(batch_size=128, noise_samples=2, loss_steps=4, learning_rate=6e-3, warmup=100,
+    "laptop": dict(batch_size=128, noise_samples=2, loss_steps=4, learning_rate=4e-3, warmup=100,
                    betas=(0.9, 0.98), clip_norm=0.2, ema_decay=0.995, sampling_steps=10,
                    stage1_steps=2500,
                    steps={"full": 10000, "near": 5000}, num_demos={"full": 2000, "near": 1500},
@@ -61,19 +60,21 @@ SMOKE = dict(steps=150, stage1_steps=100, num_demos=40, log_every=25)
 
 def train_policy(config, run, demonstrations, device):
     """Normal and decoupled training, and the control with a random frozen backbone."""
-    backbone = make_backbone(config.backbone, config.scale, ACTION_DIM, HORIZON)
+    backbone = make_backbone(config.backbone, config.scale, ACTION_DIM, HORIZON, config.conditioning)
 
     def new_policy(observation, **settings):
         conditioning = make_conditioning(backbone, observation, **settings)
         return DiffusionPolicy(conditioning, backbone, ACTION_SCALE, OBS_STEPS,
                                config.executed_actions, config.sampling_steps,
                                not config.absolute_actions, config.noise_samples,
-                               config.loss_steps).to(device)
+                               None if backbone.mixes_time else config.loss_steps).to(device)
 
     if config.recipe == "decoupled" and not run.is_past("stage1"):
         # Stage 1: backbone and a conditioning on joint angles, on free kinematic data.
         arm = PlanarArm()
-        policy = new_policy("joints", horizon=HORIZON, num_joints=len(arm.link_lengths))
+        joints = dict(num_joints=len(arm.link_lengths))
+        policy = new_policy(config.pretrain_condition, horizon=HORIZON,
+                            **joints if config.pretrain_condition == "joints" else {})
         fit("stage1", policy, policy, arm_batches(arm, config, device), config, run)
 
     # Stage 2, with a fresh conditioning on observations. Normal training is this alone.
@@ -149,14 +150,16 @@ def arm_batches(arm, config, device):
     """Stage 1: () -> joint angles (B,T,N), end-effector positions (B,T,A), present position (B,A).
 
     Angles and positions are of the same instants, as in the paper: what the denoiser learns is
-    forward kinematics. Each window is new, made on the device and never stored.
+    forward kinematics. Each window is new, made on the device and never stored. Instead of the
+    angles, --pretrain-condition takes the positions themselves, or nothing (section IV-D of v2).
     """
     generator = (torch.default_generator if device.type == "cpu"
                  else torch.cuda.default_generators[torch.cuda.current_device()])
 
     def next_batch():
         angles, positions = arm.sample_windows(config.batch_size, HORIZON + LEAD, generator)
-        return angles[:, LEAD:], positions[:, LEAD:], positions[:, OBS_STEPS - 1]
+        condition = angles if config.pretrain_condition == "joints" else positions
+        return condition[:, LEAD:], positions[:, LEAD:], positions[:, OBS_STEPS - 1]
     return next_batch
 
 
@@ -354,7 +357,8 @@ def train(config, run, demonstrations):
     updates = {"stage1": config.stage1_steps, "stage2": config.steps}
     frozen = 0 if config.recipe == "normal" else count(policy.backbone)
     return summary | dict(
-        backbone=config.backbone, conditioning="film", recipe=config.recipe, scale=config.scale,
+        backbone=config.backbone, conditioning=config.conditioning, recipe=config.recipe,
+        pretrain_condition=config.pretrain_condition, scale=config.scale,
         parameters=dict(backbone=count(policy.backbone), conditioning=count(policy.conditioning),
                         trained=count(policy) - frozen, frozen=frozen),
         seconds=run.seconds, iterations_per_second={
@@ -365,25 +369,22 @@ def train(config, run, demonstrations):
 
 def parse(arguments):
     """The configuration, every default filled in, and the function that reports bad input."""
-    def positive(kind):
-        def convert(text):
-            if not 0 < kind(text) < math.inf:
-                raise ValueError
-            return kind(text)
-        convert.__name__ = f"positive {kind.__name__}"     # argparse puts it into its message
-        return convert
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     # One line instead of the whole usage text.
     parser.error = lambda message: parser.exit(2, f"train.py: {message} (--help tells more)\n")
     flag = parser.add_argument
     flag("--backbone", default="mlp", choices=sorted({name for name, _ in SIZES}))
+    flag("--conditioning", default="film", choices=MECHANISMS, help="how the backbone takes its "
+         "condition; default film")
     recipe = parser.add_mutually_exclusive_group()
     recipe.add_argument("--decoupled", dest="recipe", action="store_const", const="decoupled",
                         default="normal", help="pretrain the backbone on free kinematic data, "
                         "freeze it, train the conditioning; default: train everything at once")
     recipe.add_argument("--random-backbone", dest="recipe", action="store_const",
                         const="random-frozen", help="control: freeze a backbone that learned nothing")
+    flag("--pretrain-condition", default="joints", choices=["joints", "pose", "none"], help="what "
+         "stage 1 conditions on; default joints")
     flag("--task", default="full", choices=["full", "near"], help="the benchmark's start scenes, or "
          "the quick lesson: block within 60 px and 0.75 rad of the goal; default full")
     flag("--scale", choices=SETTINGS, help="size of network and training; default laptop on a CPU, "
@@ -394,17 +395,17 @@ def parse(arguments):
          "paper does, not displacements from the agent")
     flag("--demos", metavar="FILE", type=Path, help="demonstrations from an .npz (state, action, "
          "episode_ends) instead of the scripted expert's")
-    flag("--num-demos", type=positive(int), help="* how many demonstrations; of a file, all")
-    flag("--stage1-steps", type=positive(int), help="* updates in stage 1")
-    flag("--steps", type=positive(int), help="* updates in stage 2, or in normal training")
-    flag("--batch-size", type=positive(int), help="* observations in an update")
-    flag("--learning-rate", type=positive(float), help="* the highest, after warm-up")
+    flag("--num-demos", type=int, help="* how many demonstrations; of a file, all")
+    flag("--stage1-steps", type=int, help="* updates in stage 1")
+    flag("--steps", type=int, help="* updates in stage 2, or in normal training")
+    flag("--batch-size", type=int, help="* observations in an update")
+    flag("--learning-rate", type=float, help="* the highest, after warm-up")
     flag("--seed", type=int, default=0, help="of initialisation and batches; default 0")
     flag("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16 is faster on a GPU or a "
          "CPU with AVX512-BF16; default fp32")
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    flag("--threads", type=positive(int), help="CPU threads; default all cores")
-    flag("--episodes", type=positive(int), default=200, help="evaluation scenes; default 200")
+    flag("--threads", type=int, help="CPU threads; default all cores")
+    flag("--episodes", type=int, default=200, help="evaluation scenes; default 200")
     flag("--executed-actions", type=int, choices=range(1, HORIZON - OBS_STEPS + 2), default=8,
          metavar="N", help="how many actions of each chunk of 16 are carried out; default 8, the "
          "paper's")
@@ -416,6 +417,11 @@ def parse(arguments):
     config = parser.parse_args(arguments)
     config.command = " ".join(["python train.py", *(sys.argv[1:] if arguments is None
                                                     else arguments)])
+    for key in ("num_demos", "stage1_steps", "steps", "batch_size", "learning_rate", "threads",
+                "episodes"):
+        value = getattr(config, key)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{key.replace('_', '-')} is {value}, but has to be positive")
     if config.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but this PyTorch sees no CUDA GPU; allowed here: cpu, auto")
     if config.device == "auto":
@@ -429,7 +435,8 @@ def parse(arguments):
     if config.smoke:
         config.episodes = min(config.episodes, 16)
     if config.out is None:
-        name = "-".join([config.backbone, config.recipe, config.task, config.scale,
+        name = "-".join([config.backbone, *([config.conditioning] if config.conditioning != "film"
+                                            else []), config.recipe, config.task, config.scale,
                          f"seed{config.seed}", *(["smoke"] if config.smoke else [])])
         folders = [Path("runs") / (f"{name}-{i}" if i > 1 else name) for i in range(1, 1000)]
         # A new run never writes over an older one; --resume means the latest.
@@ -448,14 +455,19 @@ def main(arguments=None):
         if config.evaluate:
             policy = DiffusionPolicy.load(config.evaluate, config.device)
             policy.executed_actions = config.executed_actions
-            folder = config.evaluate.parent / f"{config.evaluate.stem}-on-{config.task}"
+            folder = config.evaluate.with_name(
+                f"{config.evaluate.stem}-{config.task}-executing-{config.executed_actions}")
             folder.mkdir(exist_ok=True)
         else:
+            with torch.device("meta"):     # refuses an impossible pair before anything is written
+                make_backbone(config.backbone, config.scale, conditioning=config.conditioning)
             run, folder, clock = Run(config), config.out, time.perf_counter()
             demonstrations = get_demonstrations(config)
             run.seconds.setdefault("demonstrations", time.perf_counter() - clock)
     except (ValueError, OSError) as error:
         refuse(error)
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted before training")
     if config.evaluate:
         summary = judge(policy, config, folder, {})
     else:
@@ -468,7 +480,8 @@ def main(arguments=None):
         except RunFailed as error:
             sys.exit(f"train.py: {error}")     # exit code 1
         except KeyboardInterrupt:
-            sys.exit(f"\ninterrupted; go on with: {config.command} --resume")
+            again = config.command if config.resume else f"{config.command} --resume"
+            sys.exit(f"\ninterrupted; go on with: {again}")
     write(folder / "summary.json", json.dumps(summary, indent=1, default=float))
 
     line = lambda values, form: ", ".join(f"{key} {value:{form}}" for key, value in values.items())

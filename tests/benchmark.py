@@ -1,12 +1,18 @@
 """Speed, measured side by side in one process: what else the machine does hits all alike.
 
-    python -m tests.benchmark simulator      # environment steps a second, beside gym-pusht's
+    python -m tests.benchmark                all of it
+    python -m tests.benchmark simulator      environment steps a second, beside gym-pusht's
+    python -m tests.benchmark step           a training step, against the official manner
+    python -m tests.benchmark freeze         what freezing buys, against the arithmetic
+    python -m tests.benchmark sampling       a chunk of actions, against diffusers' scheduler
 """
 import argparse
 import time
 from pathlib import Path
 
 import numpy as np
+
+from tests import benchmark_heads
 
 DATA = Path(__file__).parent / "data"
 
@@ -85,16 +91,28 @@ def simulator(options):
     table(["observation", "pushes", "environments", "steps/s", "gym-pusht", "ratio"], rows)
 
 
-SECTIONS = {"simulator": simulator}
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("section", choices=SECTIONS)
-    parser.add_argument("--repeats", type=int, default=5, help="the fastest of so many counts")
-    parser.add_argument("--pushes", type=int, default=25, help="of those played one at a time")
+    sections = ["simulator", *benchmark_heads.BENCHMARKS]
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("section", nargs="*", metavar="SECTION", help="default: all four")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each kind")
+    parser.add_argument("--pushes", type=int, default=25, help="simulator: those played one at a time")
+    parser.add_argument("--heads", nargs="+", default=list(benchmark_heads.HEADS),
+                        choices=list(benchmark_heads.HEADS))
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--cpu-time", action="store_true", help="heads: seconds of processor time, "
+                        "for a machine that is busy with other work (with one thread only)")
     options = parser.parse_args()
-    SECTIONS[options.section](options)
+    for section in options.section or sections:
+        if section not in sections:
+            parser.error(f"no section {section!r}; there are: {', '.join(sections)}")
+        if section == "simulator":
+            simulator(options)
+        else:
+            if options.cpu_time:
+                benchmark_heads.CLOCK = time.process_time
+            benchmark_heads.BENCHMARKS[section](options.heads, options.threads, options.repeats)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_relative_features_by_hand():
 
 def test_joint_encoder_is_sin_and_cos():
     angles = torch.randn(5, 16, 3)
-    encoded = film.JointEncoder(horizon=16, num_joints=3)(angles).view(5, 16, 6)
+    encoded = film.JointEncoder(horizon=16, num_joints=3)(angles)
     torch.testing.assert_close(encoded.norm(dim=-1), torch.full((5, 16), math.sqrt(3)))
     torch.testing.assert_close(torch.atan2(encoded[..., :3].double(), encoded[..., 3:].double()),
                                torch.atan2(angles.sin(), angles.cos()).double())
@@ -76,7 +76,7 @@ def test_two_halves_equal_one_product_on_the_concatenation():
     backbone, pathway = conditioning()
     observations, embedding = torch.rand(6, 2, 5) * 400, torch.randn(6, backbone.time_encoder.dim)
     weight = torch.cat([pathway.time_part.weight, pathway.observation_part.weight], dim=1)
-    concatenated = torch.cat([embedding, pathway.encoder(observations)], dim=1)
+    concatenated = torch.cat([embedding, pathway.encoder(observations).flatten(1)], dim=1)
     expected = F.linear(F.mish(concatenated), weight, pathway.observation_part.bias)
     given = torch.cat(pathway(observations)(embedding), dim=-1)
     torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
@@ -92,17 +92,119 @@ def test_one_modulation_per_layer_and_repeats_follow_their_observation():
         assert not torch.equal(modulation[0], modulation[2])
 
 
-def test_a_fresh_pathway_starts_near_the_identity():
-    backbone, pathway = conditioning()
-    observations, embedding = torch.rand(200, 2, 5) * 400, torch.randn(200, 128)
-    for modulation in pathway(observations)(embedding):
-        gamma, beta = modulation.chunk(2, dim=-1)
-        assert abs(gamma.mean().item() - 1) < 0.1 and abs(beta.mean().item()) < 0.1
-        assert gamma.std() < 0.5 and beta.std() < 0.5
-
-
 def test_unknown_names_are_refused_with_what_is_allowed():
     with pytest.raises(ValueError, match="'smell'.*relative, keypoints"):
         state_encoder(features="smell")
     with pytest.raises(ValueError, match="'smell'.*state, joints"):
         film.make_conditioning(make_backbone("mlp"), "smell")
+
+
+# The mechanisms, each against its equation written out for every number --------------------------
+
+EQUATIONS = {     # h, its row's mean, deviation and root mean square, then the modulation's vectors
+    "film": lambda h, mean, sd, rms, gamma, beta: gamma * h + beta,
+    "additive": lambda h, mean, sd, rms, beta: h + beta,
+    "adaln": lambda h, mean, sd, rms, gamma, beta: (1 + gamma) * (h - mean) / sd + beta,
+    "adarms": lambda h, mean, sd, rms, gamma, beta: (1 + gamma) * h / rms + beta,
+    "adaln-zero": lambda h, mean, sd, rms, gamma, beta, alpha:
+        alpha * ((1 + gamma) * (h - mean) / sd + beta),
+}
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_a_mechanism_is_its_equation(name):
+    mechanism, D = film.MECHANISMS[name](), 6
+    hidden = torch.randn(3, 3, D) * 2 + 1                      # B == T on purpose
+    vectors = torch.randn(3, len(mechanism.identity), D)
+    normed = mechanism.norm(D)(hidden) if mechanism.adaptive else hidden
+    out = mechanism(normed, vectors.flatten(1))
+    for b in range(3):
+        for t in range(3):
+            row = hidden[b, t].tolist()
+            mean = sum(row) / D
+            sd = math.sqrt(sum((x - mean) ** 2 for x in row) / D)
+            rms = math.sqrt(sum(x * x for x in row) / D)
+            for d in range(D):
+                expected = EQUATIONS[name](row[d], mean, sd, rms, *vectors[b, :, d].tolist())
+                assert out[b, t, d].item() == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_the_identity_of_a_mechanism_changes_nothing(name):
+    """At its identity a mechanism returns what it was given; adaln-zero removes it."""
+    mechanism, hidden = film.MECHANISMS[name](), torch.randn(2, 5, 4)
+    identity = torch.tensor(mechanism.identity).float().repeat_interleave(4).expand(2, -1)
+    expected = torch.zeros_like(hidden) if name == "adaln-zero" else hidden
+    torch.testing.assert_close(mechanism(hidden, identity), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("backbone_name, name", [
+    (backbone_name, name) for backbone_name in ("mlp", "unet", "transformer")
+    for name in ("film", "additive", "adaln", "adarms", "adaln-zero")
+    if (backbone_name, name) != ("unet", "adarms")])
+def test_a_fresh_pathway_starts_at_the_identity_on_average(backbone_name, name):
+    torch.manual_seed(0)
+    backbone = make_backbone(backbone_name, conditioning=name)
+    pathway = film.make_conditioning(backbone, "state", obs_steps=2, corners=CORNERS, goal=GOAL)
+    modulations = pathway(torch.rand(100, 2, 5) * 400)(torch.randn(100, backbone.time_encoder.dim))
+    identity = {"film": (1, 0), "additive": (0,), "adaln-zero": (0, 0, 0)}.get(name, (0, 0))
+    for modulation in modulations:
+        for vector, value in zip(modulation.chunk(len(identity), dim=-1), identity, strict=True):
+            if name == "adaln-zero":
+                assert (vector == 0).all()
+            else:
+                assert abs(vector.mean().item() - value) < 0.1 and 0.01 < vector.std() < 0.5
+
+
+# Tokens, and the conditions of stage 1 ------------------------------------------------------------
+
+def token_pathway(observation="state", conditioning="cross-attention", **settings):
+    torch.manual_seed(0)
+    backbone = make_backbone("transformer", conditioning=conditioning)
+    return backbone, film.make_conditioning(backbone, observation, **settings)
+
+
+def test_tokens_are_one_for_the_timestep_then_one_for_each_observation():
+    """Each depends on its own observation step alone, and repeats follow their observation."""
+    backbone, pathway = token_pathway(obs_steps=2, corners=CORNERS, goal=GOAL)
+    observations = torch.rand(3, 2, 5) * 400
+    changed = observations.clone()
+    changed[:, 1] += 30
+    embedding = torch.randn(6, backbone.time_encoder.dim)
+    tokens = pathway(observations, 2)(embedding)
+    assert tokens.shape == (6, 3, backbone.time_encoder.dim)
+    same = (tokens == pathway(changed, 2)(embedding)).all(-1)
+    assert same[:, :2].all() and not same[:, 2].any()
+    same = (tokens == pathway(observations, 2)(embedding + 1)).all(-1)
+    assert same[:, 1:].all() and not same[:, 0].any()
+    assert torch.equal(tokens[0::2, 1:], tokens[1::2, 1:])
+
+
+def test_one_row_of_time_serves_a_whole_batch():
+    tokens = token_pathway(obs_steps=2, corners=CORNERS, goal=GOAL)
+    for backbone, pathway in (conditioning(), tokens):
+        observed = pathway.from_observation(torch.rand(4, 2, 5) * 400)
+        timed = pathway.from_time(torch.randn(1, backbone.time_encoder.dim))
+        for one, four in zip(pathway.combine(observed, timed),
+                             pathway.combine(observed, timed.expand(4, -1))):
+            torch.testing.assert_close(one, four)
+
+
+def test_stage_1_gives_one_token_for_each_joint_configuration():
+    backbone, pathway = token_pathway("joints", horizon=16, num_joints=3)
+    condition = pathway(torch.randn(5, 16, 3))
+    assert condition(torch.randn(5, backbone.time_encoder.dim)).shape[:2] == (5, 17)
+
+
+def test_pose_and_none():
+    positions = torch.tensor([[[0.0, 512.0], [256.0, 384.0]]])
+    assert film.PoseEncoder(horizon=2)(positions).tolist() == [[[-1, 1], [0, 0.5]]]
+    assert film.NoEncoder(horizon=2)(positions).tolist() == [[[0], [0]]]
+    for observation in ("pose", "none"):
+        for kind in ("film", "prefix"):
+            backbone, pathway = token_pathway(observation, kind, horizon=16)
+            poses = torch.rand(2, 16, 2) * 512
+            embedding = torch.randn(2, backbone.time_encoder.dim)
+            one, other = (torch.cat([m.flatten() for m in pathway(p)(embedding)])
+                          for p in (poses, poses.flip(0)))
+            assert torch.equal(one, other) == (observation == "none")
