@@ -159,7 +159,7 @@ class StateEncoder(nn.Module):
         numbers += 0 if features == "relative" else 2
         self.steps, self.size = obs_steps if per_step else 1, width
         sizes = [numbers * obs_steps // self.steps] + [width] * depth
-        # Without the LayerNorms, training at a high learning rate diverges in one run of three.
+        # Without the LayerNorms the loss jumped up in three of six runs at learning rate 6e-3.
         layers = [nn.Sequential(nn.Linear(a, b), nn.LayerNorm(b), nn.Mish())
                   for a, b in zip(sizes, sizes[1:-1])]
         self.mlp = nn.Sequential(*layers, nn.Linear(sizes[-2], width), nn.LayerNorm(width))
