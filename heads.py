@@ -352,8 +352,7 @@ def make_backbone(name, scale="laptop", action_dim=2, horizon=16, conditioning="
 
 # The lesson ---------------------------------------------------------------------------------------
 
-# The paper's millions of parameters: backbone (frozen in stage 2), conditioning (trained). Counted
-# on the official modules, less the ones that nothing calls.
+# Millions of parameters, backbone and conditioning, of the official modules that are ever called.
 PAPER = {("unet", "film"): (244.06, 11.56), ("mlp", "film"): (4.78, 8.70),
          ("transformer", "film"): (6.85, 4.35), ("transformer", "additive"): (6.85, 2.18),
          ("transformer", "adaln"): (6.84, 4.35), ("transformer", "adarms"): (6.84, 4.35),
@@ -364,11 +363,10 @@ PAPER = {("unet", "film"): (244.06, 11.56), ("mlp", "film"): (4.78, 8.70),
 def lesson(out):
     """Print the parameters of every backbone with every mechanism, save out/heads.png.
 
-    Scale paper: the paper's actions (10 numbers) and observations (2 of 137; its image encoders
-    are not built here). Scale laptop: PushT. Encoder sizes are those of stage 2.
+    Scale paper: the paper's actions and observations, without its image encoders. Laptop: PushT.
     """
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5))
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
     for axis, scale in zip(axes, ("paper", "laptop")):
         print(f"\nScale {scale}, millions of parameters. Normal training and stage 1 train all, "
               f"stage 2 freezes the backbone.\n{'':28}{'backbone':>10}{'condit.':>9}{'encoder':>9}"
@@ -390,13 +388,11 @@ def lesson(out):
             print(f"{name:12}{conditioning:16}{frozen:10.3f}{trained - encoder:9.3f}{encoder:9.3f}"
                   f" | {frozen + trained:8.3f} |          {trained:8.3f}{frozen:9.3f} |"
                   + (f" {paper[0]:14.2f}{paper[1]:9.2f}" if paper else ""))
-            label = f"{name}, {conditioning}"
-            axis.barh(label, frozen, height=0.8, color="tab:blue", alpha=0.5)
-            axis.barh(label, trained, height=0.4, color="tab:orange")
+            for millions, height, color in ((frozen, 0.8, "lightsteelblue"), (trained, 0.4, "C1")):
+                axis.barh(f"{name}, {conditioning}", millions, height, color=color)
         axis.set(xscale="log", xlim=(0.1, 500), title=f"scale {scale}",
                  xlabel="millions of parameters. Stage 2 freezes blue, trains orange")
         axis.invert_yaxis()
-    figure.tight_layout()
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "heads.png", dpi=110)
     print(f"\nPicture: {out / 'heads.png'}")
