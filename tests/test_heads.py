@@ -13,7 +13,6 @@ from diffusion import DiffusionPolicy
 from heads import MLP, SIZES, TimeEncoder, Transformer, UNet, make_backbone
 from tests import benchmark_heads
 
-torch.set_num_threads(1)     # on networks as small as these, threads wait for each other
 
 PAIRS = [(name, mechanism) for name, kind in (("mlp", MLP), ("unet", UNet),
                                               ("transformer", Transformer))
