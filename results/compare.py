@@ -37,7 +37,7 @@ def runs(preset, seeds):
 
 
 def collect(preset, seeds):
-    """The finished runs' summaries, each with its cell's name and the commit that it ran at."""
+    """The finished runs' summaries, each with its cell's name."""
     cells = []
     for cell, folder, _ in runs(preset, seeds):
         if (folder / "summary.json").exists():
