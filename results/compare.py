@@ -53,7 +53,7 @@ def spread(values):
 def table(cells):
     """Markdown: one row a cell, success and score of each seed and their mean."""
     lines = ["| task, recipe | success, mean ± s.e. over seeds | each seed | score, mean ± s.e. "
-             "| each seed | trained / frozen parameters | minutes |", "|---|---|---|---|---|---|---|"]
+             "| each seed | trained / frozen parameters |", "|---|---|---|---|---|---|"]
     for name in dict.fromkeys(cell["cell"] for cell in cells):
         group = [cell for cell in cells if cell["cell"] == name]
         columns = [name]
@@ -62,9 +62,7 @@ def table(cells):
             mean, error = spread(values)
             columns += [f"{mean:.3f} ± {error:.3f}", " ".join(f"{value:.3f}" for value in values)]
         parameters = group[0]["parameters"]
-        minutes = np.mean([cell["seconds"]["total"] for cell in group]) / 60
-        columns += [f"{parameters['trained'] / 1e6:.2f}M / {parameters['frozen'] / 1e6:.2f}M",
-                    f"{minutes:.1f}"]
+        columns += [f"{parameters['trained'] / 1e6:.2f}M / {parameters['frozen'] / 1e6:.2f}M"]
         lines.append("| " + " | ".join(columns) + " |")
     return "\n".join(lines) + "\n"
 
