@@ -331,11 +331,13 @@ SIZES = {
 }
 
 
-def make_backbone(name, scale="laptop", action_dim=2, horizon=16, conditioning="film"):
+def make_backbone(name, scale="laptop", action_dim=2, horizon=16, conditioning="film",
+                  width=None, depth=None):
     """A new backbone, randomly initialised, that takes its condition by the given mechanism.
 
-    Raises ValueError for an unknown name or scale, a mechanism that this backbone cannot take, or
-    a horizon that it cannot halve.
+    width, depth: other than the scale's, for DP-MLP and DP-T; the hidden layers grow in proportion.
+    Raises ValueError for an unknown name or scale, a mechanism or size that this backbone cannot
+    take, or a horizon that it cannot halve.
     """
     if (name, scale) not in SIZES:
         raise ValueError(f"no backbone {name!r} of scale {scale!r}; there are: "
@@ -344,9 +346,19 @@ def make_backbone(name, scale="laptop", action_dim=2, horizon=16, conditioning="
     if conditioning not in backbone_class.mechanisms:
         raise ValueError(f"backbone {name!r} cannot take conditioning {conditioning!r}; "
                          f"possible: {', '.join(backbone_class.mechanisms)}")
+    if width or depth:
+        if "depth" not in size:
+            raise ValueError(f"backbone {name!r} has no width and depth to choose, mlp and "
+                             "transformer have")
+        width = width or size["width"]
+        if width % (2 * size.get("heads", 1)):
+            raise ValueError(f"width is {width}, but has to be a multiple of "
+                             f"{2 * size.get('heads', 1)}")
+        size = size | dict(width=width, hidden=width * size["hidden"] // size["width"],
+                           depth=depth or size["depth"])
     backbone = backbone_class(action_dim, horizon, MECHANISMS[conditioning](), **size)
     backbone.config = dict(name=name, scale=scale, action_dim=action_dim, horizon=horizon,
-                           conditioning=conditioning)
+                           conditioning=conditioning, width=width, depth=depth)
     return backbone
 
 

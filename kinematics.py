@@ -42,6 +42,12 @@ class Motion:
     bend: float = 0.1                # rad a step, sd from stroke to stroke: straight or wide arcs
 
 
+# Does it matter that the statistics are PushT's? Two motions for which they are not.
+MOTIONS = {"arm": Motion(),
+           "fast": Motion(push_speed=(18, 30), travel_speed=(25, 40)),
+           "smooth": Motion(stroke_steps=50, stand=0, push=0, reversal=0, turn=0.3, bend=0.03)}
+
+
 class PlanarArm:
     """N rigid links in a row on a fixed base; joint n turns everything behind it.
 
@@ -104,6 +110,33 @@ class PlanarArm:
         arrow = joints[..., -1:, :] - joints[..., :-1, :]                        # (...,N,2)
         return torch.stack([-arrow[..., 1], arrow[..., 0]], dim=-2)
 
+    def inverse(self, positions, wrist=0.6):
+        """Inverse kinematics of three links: positions (...,2) in px -> angles (...,3) in rad.
+
+        Many poses reach a point. This is the one with joint 3 held at `wrist` rad, so that links 2
+        and 3 are as one, and the elbow on one side; nearby points get nearby poses. Joint 1 may
+        leave its limits near the board's upper edge.
+        """
+        upper, *rest = self.link_lengths
+        forearm = complex(rest[0] + rest[1] * math.cos(wrist), rest[1] * math.sin(wrist))
+        x, y = (positions - positions.new_tensor(self.base)).unbind(-1)
+        cosine = (x ** 2 + y ** 2 - upper ** 2 - abs(forearm) ** 2) / (2 * upper * abs(forearm))
+        elbow = -cosine.clamp(-1, 1).acos()      # between upper arm and forearm: law of cosines
+        shoulder = torch.atan2(y, x) - torch.atan2(abs(forearm) * elbow.sin(),
+                                                   upper + abs(forearm) * elbow.cos())
+        bend = elbow - math.atan2(forearm.imag, forearm.real)
+        return torch.stack([shoulder, bend, torch.full_like(bend, wrist)], dim=-1)
+
+    def _joint_step(self, angles, displacement, damping):
+        """The smallest joint motion (...,N) that moves the end effector by displacement (...,2).
+
+        The damped pseudo-inverse J^T (J J^T + damping^2)^-1 (Nakamura & Hanafusa 1986). Without
+        damping it grows beyond bounds where the arm is stretched and cannot move along itself.
+        """
+        jacobian = self.jacobian(angles)
+        square = jacobian @ jacobian.mT + damping ** 2 * torch.eye(2, device=angles.device)
+        return (jacobian.mT @ torch.linalg.solve(square, displacement[..., None]))[..., 0]
+
     def sample_windows(self, batch: int, horizon: int, generator=None):
         """An endless stream of random motion over the board, on the generator's device.
 
@@ -118,14 +151,9 @@ class PlanarArm:
         drawn = batch + batch * horizon // 32 + 64
         angles = self._start_angles(drawn, generator)
         path = self._paths(self.forward(angles), horizon, generator)
-        trajectory, damping = [angles], DAMPING ** 2 * torch.eye(2, device=angles.device)
-        for velocity in path.diff(dim=1)[..., None].unbind(1):
-            # The smallest joint motion that gives this velocity: the damped pseudo-inverse
-            # J^T (J J^T + damping^2)^-1 (Nakamura & Hanafusa 1986). Without damping joint speeds
-            # grow without bound where the arm is stretched out and cannot move along itself.
-            jacobian = self.jacobian(angles)
-            square = jacobian @ jacobian.mT + damping
-            angles = angles + (jacobian.mT @ torch.linalg.solve(square, velocity))[..., 0]
+        trajectory = [angles]
+        for displacement in path.diff(dim=1).unbind(1):
+            angles = angles + self._joint_step(angles, displacement, DAMPING)
             trajectory.append(angles)
         angles = torch.stack(trajectory, dim=1)
         positions = self.forward(angles)

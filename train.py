@@ -2,6 +2,7 @@
 
     python train.py --backbone mlp --decoupled      stage 1, freeze, stage 2 (the paper's recipe)
     python train.py --backbone mlp                  normal: everything learns from demonstrations
+    python train.py --help                          all that can be varied
 
 The recipe is `train_policy`, the training loop is `fit`: read these two first, the rest is
 plumbing. Paper: section IV-B, eq. 9 and 10 (arXiv 2511.12101v1).
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -28,7 +31,7 @@ import sim_pusht
 from diffusion import DiffusionPolicy
 from film import MECHANISMS, make_conditioning
 from heads import SIZES, make_backbone
-from kinematics import PlanarArm
+from kinematics import MOTIONS, Motion, PlanarArm
 
 HORIZON, OBS_STEPS, ACTION_DIM = 16, 2, 2      # T, To, A: the paper's, but for A = 10
 EVALUATION_SEED = 100_000                      # scenes from this seed on are in no demonstration
@@ -45,22 +48,23 @@ LEAD = 2
 SETTINGS = {
     "laptop": dict(batch_size=128, noise_samples=2, loss_steps=4, learning_rate=4e-3, warmup=100,
                    betas=(0.9, 0.98), clip_norm=0.2, ema_decay=0.995, sampling_steps=10,
-                   stage1_steps=2500,
-                   steps={"full": 10000, "near": 5000}, num_demos={"full": 2000, "near": 1500},
-                   minutes={"full": "about 12 minutes on 2 cores", "near": "about 5 minutes on 2 cores"}),
+                   stage1_steps=2500, steps={"full": 10000, "near": 5000},
+                   num_demos={"full": 2000, "near": 1500}, log_every=100, checkpoint_every=2000,
+                   minutes={"full": "9 minutes on 2 cores", "near": "5 minutes on 2 cores"}),
     "paper": dict(batch_size=64, noise_samples=1, loss_steps=None, learning_rate=1e-4, warmup=500,
                   betas=(0.95, 0.999), clip_norm=math.inf, ema_decay=0.9999, sampling_steps=None,
-                  stage1_steps=45000,
-                  steps=83000, num_demos={"full": 2000, "near": 1500}, minutes="hours on a GPU"),
+                  stage1_steps=45000, steps=83000, num_demos={"full": 2000, "near": 1500},
+                  log_every=100, checkpoint_every=2000, minutes="hours on a GPU"),
 }
-SMOKE = dict(steps=150, stage1_steps=100, num_demos=40, log_every=25)
+SMOKE = dict(steps=150, stage1_steps=100, num_demos=40, log_every=25, minutes="under a minute")
 
 
 # The recipe --------------------------------------------------------------------------------------
 
 def train_policy(config, run, demonstrations, device):
-    """Normal and decoupled training, and the control with a random frozen backbone."""
-    backbone = make_backbone(config.backbone, config.scale, ACTION_DIM, HORIZON, config.conditioning)
+    """Normal and decoupled training, and their controls; returns the policy in evaluation mode."""
+    backbone = make_backbone(config.backbone, config.scale, ACTION_DIM, HORIZON,
+                             config.conditioning, config.width, config.depth)
 
     def new_policy(observation, **settings):
         conditioning = make_conditioning(backbone, observation, **settings)
@@ -69,21 +73,22 @@ def train_policy(config, run, demonstrations, device):
                                not config.absolute_actions, config.noise_samples,
                                None if backbone.mixes_time else config.loss_steps).to(device)
 
-    if config.recipe == "decoupled" and not run.is_past("stage1"):
+    if config.recipe in ("decoupled", "pretrained") and not run.is_past("stage1"):
         # Stage 1: backbone and a conditioning on joint angles, on free kinematic data.
-        arm = PlanarArm()
-        joints = dict(num_joints=len(arm.link_lengths))
-        policy = new_policy(config.pretrain_condition, horizon=HORIZON,
-                            **joints if config.pretrain_condition == "joints" else {})
-        fit("stage1", policy, policy, arm_batches(arm, config, device), config, run)
+        policy = new_policy(config.pretrain_condition, horizon=config.pretrain_tokens)
+        next_batch = kinematic_batches(demonstrations, config, device)
+        fit("stage1", policy, policy, next_batch, config, run)
 
     # Stage 2, with a fresh conditioning on observations. Normal training is this alone.
     policy = new_policy("state", obs_steps=OBS_STEPS, corners=sim_pusht.KEYPOINTS.tolist(),
                         goal=sim_pusht.GOAL.tolist(), features=config.features)
     trained = policy
-    if config.recipe != "normal":
+    if config.recipe in ("decoupled", "random-frozen"):
         backbone.requires_grad_(False)     # by module: all of it, and nothing else
         trained = policy.conditioning
+        if config.train_key_values:        # not in the paper, see --help
+            thawed = [block.cross_attention.key_value for block in backbone.blocks]
+            trained = nn.ModuleList([policy.conditioning, *thawed]).requires_grad_(True)
     fit("stage2", policy, trained, demonstration_batches(demonstrations, config, device),
         config, run)
     return policy.eval()
@@ -95,7 +100,7 @@ def fit(stage, policy, trained, next_batch, config, run):
     AdamW, warm-up then cosine to zero, and an exponential moving average (EMA) of the weights,
     which is what is left in `trained` at the end. `next_batch()` gives the arguments of
     policy.loss. Ctrl-C saves a checkpoint after the present update and raises KeyboardInterrupt;
-    a loss that becomes NaN raises RunFailed and leaves the last checkpoint as it is.
+    a loss that becomes NaN raises ArithmeticError and leaves the last checkpoint as it is.
     """
     steps = config.stage1_steps if stage == "stage1" else config.steps
     tqdm.write(f"{stage}: {steps:,} updates; trained {count(trained):,} parameters, "
@@ -126,7 +131,7 @@ def fit(stage, policy, trained, next_batch, config, run):
             if step % config.log_every == 0 or step == steps or interrupts:
                 mean, total, logged = float(total) / logged, 0.0, 0   # a read waits for the GPU
                 if not math.isfinite(mean):
-                    raise RunFailed(f"the loss became {mean} in {stage}, update {step}; try a lower "
+                    raise ArithmeticError(f"the loss became {mean} in {stage}, update {step}; try a lower "
                                     f"--learning-rate than {config.learning_rate:g}")
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
                 run.seconds[stage] = time.perf_counter() - start
@@ -146,37 +151,55 @@ def count(module):
 
 # The data ----------------------------------------------------------------------------------------
 
-def arm_batches(arm, config, device):
+def kinematic_batches(demonstrations, config, device):
     """Stage 1: () -> joint angles (B,T,N), end-effector positions (B,T,A), present position (B,A).
 
     Angles and positions are of the same instants, as in the paper: what the denoiser learns is
-    forward kinematics. Each window is new, made on the device and never stored. Instead of the
-    angles, --pretrain-condition takes the positions themselves, or nothing (section IV-D of v2).
+    forward kinematics. Each window is new, made on the device and never stored.
+    --pretrain-condition takes the positions themselves or nothing instead of the angles (section
+    IV-D of v2), --pretrain-data another motion, or the agent's own in the demonstrations.
     """
+    length, arm = HORIZON + LEAD, PlanarArm(motion=MOTIONS.get(config.pretrain_data, Motion()))
     generator = (torch.default_generator if device.type == "cpu"
                  else torch.cuda.default_generators[torch.cuda.current_device()])
+    if config.pretrain_data == "demonstrations":
+        agents = torch.as_tensor(demonstrations["state"][:, :2], dtype=torch.float32, device=device)
+        joints, window = arm.inverse(agents), windows(demonstrations, 0, length, device)
 
     def next_batch():
-        angles, positions = arm.sample_windows(config.batch_size, HORIZON + LEAD, generator)
+        if config.pretrain_data == "demonstrations":
+            chosen = window[torch.randint(len(window), (config.batch_size,), device=device)]
+            angles, positions = joints[chosen], agents[chosen]
+        else:
+            angles, positions = arm.sample_windows(config.batch_size, length, generator)
         condition = angles if config.pretrain_condition == "joints" else positions
-        return condition[:, LEAD:], positions[:, LEAD:], positions[:, OBS_STEPS - 1]
+        return (condition[:, LEAD:LEAD + config.pretrain_tokens], positions[:, LEAD:],
+                positions[:, OBS_STEPS - 1])
     return next_batch
+
+
+def windows(demonstrations, first, length, device):
+    """For each frame, the indices of those from frame + first on, `length` of them: (frames, length).
+
+    At an episode's edges its first or last frame is repeated.
+    """
+    ends = torch.as_tensor(demonstrations["episode_ends"], device=device)
+    frame = torch.arange(len(demonstrations["state"]), device=device)
+    episode = torch.searchsorted(ends, frame, right=True)
+    starts = torch.cat([ends.new_zeros(1), ends])[episode]
+    window = frame[:, None] + torch.arange(first, first + length, device=device)
+    return window.clamp(starts[:, None], ends[episode, None] - 1)
 
 
 def demonstration_batches(demonstrations, config, device):
     """Stage 2: () -> states (B,To,5), actions (B,T,A), random windows of the demonstrations.
 
-    A window starts one step before the present; at its episode's edges the first or last step is
-    repeated (padded actions count in the loss, as in the official code).
+    A window starts one step before the present. Steps that are repeated at an episode's edges
+    count in the loss, as in the official code.
     """
     states, actions = (torch.as_tensor(demonstrations[key], dtype=torch.float32, device=device)
                        for key in ("state", "action"))
-    ends = torch.as_tensor(demonstrations["episode_ends"], device=device)
-    present = torch.arange(len(states), device=device)
-    episode = torch.searchsorted(ends, present, right=True)
-    first = torch.cat([ends.new_zeros(1), ends])[episode]
-    window = present[:, None] + torch.arange(1 - OBS_STEPS, HORIZON + 1 - OBS_STEPS, device=device)
-    window = window.clamp(first[:, None], ends[episode, None] - 1)       # (frames, T)
+    window = windows(demonstrations, 1 - OBS_STEPS, HORIZON, device)
 
     def next_batch():
         chosen = window[torch.randint(len(window), (config.batch_size,), device=device)]
@@ -212,25 +235,24 @@ def evaluate(policy, task, episodes, max_steps=300):
     steps, and states (longest + 1, episodes, 5).
     """
     env = sim_pusht.PushT(episodes, task)
-    states = [env.reset(EVALUATION_SEED)]
+    states, coverage = [env.reset(EVALUATION_SEED)], [env.coverage()]
     generator = torch.Generator(policy.action_scale.device).manual_seed(EVALUATION_SEED)
-    final = most = env.coverage()
-    length, running = np.full(episodes, max_steps), np.ones(episodes, dtype=bool)
     with tqdm(total=max_steps, desc="evaluation", mininterval=1) as bar:
-        while running.any() and len(states) <= max_steps:
+        while len(states) <= max_steps and (env.max_coverage <= env.success_threshold).any():
             past = [states[max(0, len(states) - back)] for back in range(policy.obs_steps, 0, -1)]
             chunk = policy.act(np.stack(past, axis=1), generator).cpu().numpy()
             for targets in chunk.swapaxes(0, 1)[:max_steps + 1 - len(states)]:
-                state, _, _, _, info = env.step(targets)
-                states.append(state)
-                final = np.where(running, info["coverage"], final)
-                most = np.maximum(most, final)
-                succeeded = running & (most > env.success_threshold)
-                length[succeeded] = len(states) - 1
-                running &= ~succeeded
-                bar.set_postfix(success=f"{1 - running.mean():.2f}", refresh=False)
+                states.append(env.step(targets)[0])
+                coverage.append(env.coverage())
                 bar.update()
-    return dict(max_coverage=most, final_coverage=final, length=length, states=np.stack(states))
+            success = env.max_coverage > env.success_threshold
+            bar.set_postfix(success=f"{success.mean():.2f}", refresh=False)
+    coverage = np.stack(coverage)
+    succeeded, every = coverage > env.success_threshold, np.arange(episodes)
+    length = np.where(succeeded.any(0), succeeded.argmax(0), len(coverage) - 1)
+    best = np.maximum.accumulate(coverage)[length, every]
+    return dict(max_coverage=best, final_coverage=coverage[length, every], length=length,
+                states=np.stack(states))
 
 
 def scores(result):
@@ -259,16 +281,12 @@ def draw_curves(rows, path):
 
 # A run and its folder ----------------------------------------------------------------------------
 
-class RunFailed(Exception):
-    """Training went wrong in a way that is nobody's typing error: exit code 1."""
-
-
 def write(path, content):
     """Write a file that appears under its name only when it is complete.
 
     content: text, or a function that writes to the path that it is given.
     """
-    unfinished = path.with_name(f"unfinished-{path.name}")
+    unfinished = path.with_name(f"unfinished-{os.getpid()}-{path.name}")
     unfinished.write_text(content) if isinstance(content, str) else content(unfinished)
     unfinished.replace(path)
 
@@ -280,14 +298,13 @@ class Run:
     another configuration's, if the folder holds a run that would be lost; OSError if the folder
     cannot be written.
     """
+    MAY_DIFFER = "out", "resume", "evaluate", "device", "threads", "command"     # the same work
 
     def __init__(self, config):
         self.folder, self.seconds, self.rows, self.saved = config.out, {}, [], None
         checkpoint, kept = self.folder / "checkpoint.pt", self.folder / "config.json"
-        # What may differ between two calls for the same work is left out.
-        asked = {key: value for key, value in vars(config).items() if key not in
-                 ("out", "resume", "evaluate", "device", "threads", "command")}
-        text = json.dumps(asked, indent=1, default=str)
+        text = json.dumps({key: value for key, value in vars(config).items()
+                           if key not in self.MAY_DIFFER}, indent=1, default=str)
         if config.resume:
             try:
                 before, asked = json.loads(kept.read_text()), json.loads(text)
@@ -334,38 +351,50 @@ class Run:
         return self.saved["step"]
 
 
-def judge(policy, config, folder, seconds):
-    """Evaluate the policy and draw it, into `folder`; returns the summary's first part."""
+def code_version():
+    """The commit of this code, if it is a checkout and git is installed."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty"], text=True,
+                              cwd=Path(__file__).parent, capture_output=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def summarise(policy, config, folder, seconds):
+    """Evaluate the policy, draw it into `folder`, write and return summary.json."""
     clock = time.perf_counter()
     result = evaluate(policy, config.task, config.episodes)
-    seconds["evaluation"] = time.perf_counter() - clock
-    clock = time.perf_counter()
+    seconds["evaluation"], clock = time.perf_counter() - clock, time.perf_counter()
     sim_pusht.draw_rollouts(result["states"], result["length"], folder)
     seconds["figures"] = time.perf_counter() - clock
-    return dict(command=config.command, task=config.task, seed=config.seed, **scores(result),
-                executed_actions=config.executed_actions, device=config.device,
-                threads=torch.get_num_threads(), torch=torch.__version__)
-
-
-def train(config, run, demonstrations):
-    """One whole run; returns its summary."""
-    policy = train_policy(config, run, demonstrations, torch.device(config.device))
-    policy.save(run.folder / "policy.pt")
-    draw_curves(run.rows, run.folder / "curves.png")
-    summary = judge(policy, config, run.folder, run.seconds)
-    run.seconds["total"] = sum(run.seconds.values())
-    updates = {"stage1": config.stage1_steps, "stage2": config.steps}
-    frozen = 0 if config.recipe == "normal" else count(policy.backbone)
-    return summary | dict(
-        backbone=config.backbone, conditioning=config.conditioning, recipe=config.recipe,
-        pretrain_condition=config.pretrain_condition, scale=config.scale,
-        parameters=dict(backbone=count(policy.backbone), conditioning=count(policy.conditioning),
-                        trained=count(policy) - frozen, frozen=frozen),
-        seconds=run.seconds, iterations_per_second={
-            stage: n / run.seconds[stage] for stage, n in updates.items() if stage in run.seconds})
+    summary = dict(command=config.command, task=config.task, seed=config.seed, **scores(result),
+                   executed_actions=config.executed_actions, device=config.device,
+                   threads=torch.get_num_threads(), torch=torch.__version__, commit=code_version())
+    if not config.evaluate:
+        updates = dict(stage1=config.stage1_steps, stage2=config.steps)
+        frozen = sum(p.numel() for p in policy.parameters() if not p.requires_grad)
+        summary |= dict(
+            backbone=config.backbone, conditioning=config.conditioning, recipe=config.recipe,
+            scale=config.scale, parameters=dict(
+                backbone=count(policy.backbone), conditioning=count(policy.conditioning),
+                trained=count(policy) - frozen, frozen=frozen),
+            seconds=seconds | dict(total=sum(seconds.values())),
+            iterations_per_second={stage: updates[stage] / seconds[stage]
+                                   for stage in updates if stage in seconds})
+    write(folder / "summary.json", json.dumps(summary, indent=1, default=float))
+    return summary
 
 
 # The command line --------------------------------------------------------------------------------
+
+def positive(kind):
+    """An argparse type: an int or a float above 0."""
+    def number(text):
+        if not 0 < kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not positive")
+        return kind(text)
+    return number
+
 
 def parse(arguments):
     """The configuration, every default filled in, and the function that reports bad input."""
@@ -373,63 +402,77 @@ def parse(arguments):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     # One line instead of the whole usage text.
     parser.error = lambda message: parser.exit(2, f"train.py: {message} (--help tells more)\n")
-    flag = parser.add_argument
+
+    flag = parser.add_argument_group("the recipe").add_argument
     flag("--backbone", default="mlp", choices=sorted({name for name, _ in SIZES}))
     flag("--conditioning", default="film", choices=MECHANISMS, help="how the backbone takes its "
          "condition; default film")
-    recipe = parser.add_mutually_exclusive_group()
-    recipe.add_argument("--decoupled", dest="recipe", action="store_const", const="decoupled",
-                        default="normal", help="pretrain the backbone on free kinematic data, "
-                        "freeze it, train the conditioning; default: train everything at once")
-    recipe.add_argument("--random-backbone", dest="recipe", action="store_const",
-                        const="random-frozen", help="control: freeze a backbone that learned nothing")
-    flag("--pretrain-condition", default="joints", choices=["joints", "pose", "none"], help="what "
-         "stage 1 conditions on; default joints")
+    recipe = parser.add_mutually_exclusive_group().add_argument
+    recipe("--decoupled", dest="recipe", action="store_const", const="decoupled", default="normal",
+           help="pretrain the backbone on free kinematic data, freeze it, train the conditioning; "
+           "default: train everything at once, on demonstrations")
+    recipe("--random-backbone", dest="recipe", action="store_const", const="random-frozen",
+           help="control: freeze a backbone that learned nothing")
+    recipe("--pretrained", dest="recipe", action="store_const", const="pretrained",
+           help="control: as --decoupled, but freeze nothing")
     flag("--task", default="full", choices=["full", "near"], help="the benchmark's start scenes, or "
          "the quick lesson: block within 60 px and 0.75 rad of the goal; default full")
-    flag("--scale", choices=SETTINGS, help="size of network and training; default laptop on a CPU, "
-         "paper on a GPU. Sets what the flags marked * leave open")
+    flag("--seed", type=int, default=0, help="of initialisation and batches; default 0")
+    flag("--smoke", action="store_true", help="all of it once in under a minute, without success")
+
+    flag = parser.add_argument_group("stage 1").add_argument
+    flag("--pretrain-condition", default="joints", choices=["joints", "pose", "none"], help="what "
+         "the denoiser is conditioned on; default joints")
+    flag("--pretrain-data", default="arm", choices=[*MOTIONS, "demonstrations"], help="the motion: "
+         "of kinematics.py, with too fast or too smooth statistics, or the agent's own in the "
+         "demonstrations; default arm")
+    flag("--pretrain-tokens", type=int, choices=range(1, HORIZON + 1), default=HORIZON, metavar="N",
+         help="condition on the first N of the 16 steps; default all, as in the paper")
+    flag("--train-key-values", action="store_true", help="with cross-attention and a frozen "
+         "backbone: leave what projects the condition's tokens trainable")
+
+    flag = parser.add_argument_group("size and training; * is set by --scale").add_argument
+    flag("--scale", choices=SETTINGS, help="default laptop on a CPU, paper on a GPU")
+    flag("--width", type=positive(int), help="of DP-MLP or DP-T instead of the scale's")
+    flag("--depth", type=positive(int), help="blocks of DP-MLP or DP-T instead of the scale's")
+    flag("--demos", metavar="FILE", type=Path, help="demonstrations from an .npz (state, action, "
+         "episode_ends) instead of the scripted expert's")
+    flag("--num-demos", type=positive(int), help="* how many demonstrations; of a file, all")
+    flag("--stage1-steps", type=positive(int), help="* updates in stage 1")
+    flag("--steps", type=positive(int), help="* updates in stage 2, or in normal training")
+    flag("--batch-size", type=positive(int), help="* observations in an update")
+    flag("--learning-rate", type=positive(float), help="* the highest, after warm-up")
     flag("--features", default="relative", choices=["relative", "keypoints"], help="what the "
          "observation encoder looks at (film.StateEncoder); default relative")
     flag("--absolute-actions", action="store_true", help="denoise positions on the board, as the "
          "paper does, not displacements from the agent")
-    flag("--demos", metavar="FILE", type=Path, help="demonstrations from an .npz (state, action, "
-         "episode_ends) instead of the scripted expert's")
-    flag("--num-demos", type=int, help="* how many demonstrations; of a file, all")
-    flag("--stage1-steps", type=int, help="* updates in stage 1")
-    flag("--steps", type=int, help="* updates in stage 2, or in normal training")
-    flag("--batch-size", type=int, help="* observations in an update")
-    flag("--learning-rate", type=float, help="* the highest, after warm-up")
-    flag("--seed", type=int, default=0, help="of initialisation and batches; default 0")
     flag("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16 is faster on a GPU or a "
          "CPU with AVX512-BF16; default fp32")
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    flag("--threads", type=int, help="CPU threads; default all cores")
-    flag("--episodes", type=int, default=200, help="evaluation scenes; default 200")
+    flag("--threads", type=positive(int), help="CPU threads; default all cores")
+
+    flag = parser.add_argument_group("evaluation and files").add_argument
+    flag("--episodes", type=positive(int), default=200, help="evaluation scenes; default 200")
     flag("--executed-actions", type=int, choices=range(1, HORIZON - OBS_STEPS + 2), default=8,
          metavar="N", help="how many actions of each chunk of 16 are carried out; default 8, the "
          "paper's")
-    flag("--out", type=Path, help="the run's folder; default runs/<what distinguishes it>")
-    flag("--resume", action="store_true", help="go on from the checkpoint in the run's folder")
-    flag("--smoke", action="store_true", help="all of it once in under a minute, without success")
     flag("--evaluate", metavar="POLICY", type=Path, help="train nothing, score this policy.pt (see "
          "--task, --episodes, --executed-actions)")
+    flag("--out", type=Path, help="the run's folder; default runs/<what distinguishes it>")
+    flag("--resume", action="store_true", help="go on from the checkpoint in the run's folder")
+
     config = parser.parse_args(arguments)
-    config.command = " ".join(["python train.py", *(sys.argv[1:] if arguments is None
-                                                    else arguments)])
-    for key in ("num_demos", "stage1_steps", "steps", "batch_size", "learning_rate", "threads",
-                "episodes"):
-        value = getattr(config, key)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"--{key.replace('_', '-')} is {value}, but has to be positive")
+    config.command = " ".join(["python train.py",
+                               *(sys.argv[1:] if arguments is None else arguments)])
     if config.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but this PyTorch sees no CUDA GPU; allowed here: cpu, auto")
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.train_key_values and (config.conditioning != "cross-attention" or
+                                    config.recipe not in ("decoupled", "random-frozen")):
+        parser.error("--train-key-values needs --conditioning cross-attention and a frozen backbone")
     config.scale = config.scale or ("paper" if config.device == "cuda" else "laptop")
-    defaults = dict(log_every=100, checkpoint_every=2000) | SETTINGS[config.scale]
-    defaults |= SMOKE if config.smoke else {}
-    for key, value in defaults.items():
+    for key, value in (SETTINGS[config.scale] | (SMOKE if config.smoke else {})).items():
         if getattr(config, key, None) is None and not (key == "num_demos" and config.demos):
             setattr(config, key, value[config.task] if isinstance(value, dict) else value)
     if config.smoke:
@@ -453,36 +496,38 @@ def main(arguments=None):
     torch.manual_seed(config.seed)
     try:
         if config.evaluate:
-            policy = DiffusionPolicy.load(config.evaluate, config.device)
+            policy, seconds = DiffusionPolicy.load(config.evaluate, config.device), {}
             policy.executed_actions = config.executed_actions
             folder = config.evaluate.with_name(
                 f"{config.evaluate.stem}-{config.task}-executing-{config.executed_actions}")
             folder.mkdir(exist_ok=True)
         else:
             with torch.device("meta"):     # refuses an impossible pair before anything is written
-                make_backbone(config.backbone, config.scale, conditioning=config.conditioning)
-            run, folder, clock = Run(config), config.out, time.perf_counter()
+                make_backbone(config.backbone, config.scale, conditioning=config.conditioning,
+                              width=config.width, depth=config.depth)
+            run, clock = Run(config), time.perf_counter()
             demonstrations = get_demonstrations(config)
-            run.seconds.setdefault("demonstrations", time.perf_counter() - clock)
+            folder, seconds = run.folder, run.seconds
+            seconds.setdefault("demonstrations", time.perf_counter() - clock)
     except (ValueError, OSError) as error:
         refuse(error)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted before training")
-    if config.evaluate:
-        summary = judge(policy, config, folder, {})
-    else:
+    if not config.evaluate:
         print(f"{config.recipe} training of {config.backbone} on task {config.task}, with "
               f"{len(demonstrations['episode_ends']):,} demonstrations of "
               f"{len(demonstrations['state']):,} steps. {config.scale.capitalize()} scale, on "
-              f"{config.device} with {torch.get_num_threads()} threads: {config.minutes}.")
+              f"{config.device} with {torch.get_num_threads()} thread(s): about {config.minutes}.")
         try:
-            summary = train(config, run, demonstrations)
-        except RunFailed as error:
+            policy = train_policy(config, run, demonstrations, torch.device(config.device))
+        except ArithmeticError as error:
             sys.exit(f"train.py: {error}")     # exit code 1
         except KeyboardInterrupt:
             again = config.command if config.resume else f"{config.command} --resume"
             sys.exit(f"\ninterrupted; go on with: {again}")
-    write(folder / "summary.json", json.dumps(summary, indent=1, default=float))
+        policy.save(folder / "policy.pt")
+        draw_curves(run.rows, folder / "curves.png")
+    summary = summarise(policy, config, folder, seconds)
 
     line = lambda values, form: ", ".join(f"{key} {value:{form}}" for key, value in values.items())
     print(f"\nscore    {summary['score']:.3f} +- {summary['score_se']:.3f}  mean of max coverage / "
