@@ -12,7 +12,6 @@ import argparse
 import zipfile
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
@@ -116,18 +115,19 @@ INERTIA = 3000.0
 SLOP = float(np.float32(0.1))  # px that shapes may overlap unpunished (Chipmunk: 0.1f)
 BIAS = 1 - float(np.float32(0.9)) ** (60 * DT)  # share of more overlap pushed out per substep
 ITERATIONS, PERSISTENCE = 10, 3  # sweeps of the solver; substeps that a lost contact is remembered
-NEVER = -1 - PERSISTENCE  # a substep too long ago to be remembered
 _pd = np.array([[1 - STIFFNESS * DT**2, 1 - DAMPING * DT], [-STIFFNESS * DT**2, 1 - DAMPING * DT]])
 PD_RESPONSE = np.array([np.linalg.matrix_power(_pd, k + 1) for k in range(SUBSTEPS)])[..., None]
 
 # There are 18 places for contacts: the agent with bar and stem; each wall (left, top, right,
-# bottom) with bar and stem at both ends of the edge that faces it. The 16 of the walls:
+# bottom) with bar and stem, at both ends of the edge that faces it.
 EDGE_NORMALS = np.array([-1, -1j, 1, 1j])  # of the edge that ends in corner 0, 1, 2, 3 of a box
 WALL_NORMALS = np.repeat([1, 1j, -1, -1j], 4)[:, None]  # inward
 WALL_LEVELS = MIDDLE * dot(WALL_NORMALS, 1 + 1j) - FREE  # normal . x at the face
 WALL_CENTERS, WALL_HALF_LENGTH = MIDDLE * cross(WALL_NORMALS, 1 + 1j), 250.5
 _edge = (np.arange(4) - np.arange(4)[:, None]) % 4  # facing wall w after q quarter turns, [q, w]
 FACING_ENDS = ((_edge[..., None, None] - [0, 1]) % 4 + [[0], [4]]).reshape(4, 16).T
+FACING_ENDS = np.concatenate([np.full((2, 4), -1), FACING_ENDS])  # -1: the agent's
+PARTNER = np.r_[0, 1, np.arange(2, 18) ^ 1]  # the other end of the edge
 
 # Leaves of the broad phase: bar, stem, agent. Their boxes are (left, top, -right, -bottom), so that
 # "contains" is <= and a union is a minimum. The first are those of gym-pusht's world as built.
@@ -167,7 +167,7 @@ def wall_contacts(center, angle, rotation):
     (16, n), and five (16, n) arrays as `solve_contacts` takes them first.
     """
     ends = FACING_ENDS[:, np.rint(angle / (np.pi / 2)).astype(int) % 4]
-    arm = CORNERS[ends] * rotation
+    arm = CORNERS[ends[2:]] * rotation
     past = np.abs(cross(WALL_NORMALS, center + arm) - WALL_CENTERS) - WALL_HALF_LENGTH
     if np.count_nonzero(past > 0):
         edge = arm.reshape(8, 2, -1)
@@ -206,97 +206,91 @@ def solve_contacts(touch, normal, lever, speed, push_speed, start, kept):
 
 
 class World:
-    """B independent worlds of agent, block and walls."""
+    """B independent worlds of agent, block and walls. B is the last axis of every array."""
 
-    def place(self, state):
-        """Put agents and blocks at rest, (B, 5), and let Chipmunk find their contacts once."""
-        B = len(state)
-        self._agent, self._agent_velocity = state[:, :2] @ [1, 1j], np.zeros(B, complex)
-        angle = state[:, 4].copy()
-        self._block = {
-            "center": state[:, 2:4] @ [1, 1j] + CENTER * np.exp(1j * angle), "angle": angle,
-            "velocity": np.zeros(B, complex), "spin": np.zeros(B),
-            "contact_velocity": np.zeros(B, complex),  # without the push out of overlap
-            # Of the agent's contacts with bar and stem, and of the walls': what Chipmunk remembers.
-            "impulse": np.zeros((2, B)), "wall_impulse": np.zeros((16, B)),
-            "touched": np.full((2, B), NEVER), "wall_touched": np.full((8, B), NEVER),  # substep
-            "wall_corner": np.full((16, B), -1)}
-        self._tree = {"box": np.tile(FIRST_LEAVES, B), "rank": np.tile([[0], [1], [2]], B),
-                      "moved": np.full((3, B), -1)}
-        self._clock = 0
-        self._simulate(self._agent[None], self._agent_velocity[None], wake=True)
+    def __init__(self, state):
+        """Agents and blocks at rest, (B, 5); Chipmunk finds their contacts once."""
+        B, agent = len(state), state[:, :2] @ [1, 1j]
+        self.angle, self.spin = state[:, 4].copy(), np.zeros(B)
+        self.center = state[:, 2:4] @ [1, 1j] + CENTER * np.exp(1j * self.angle)
+        self.velocity = np.zeros(B, complex)
+        self.contact_velocity = np.zeros(B, complex)  # without the push out of overlap
+        # What is remembered of the 18 places for contacts: impulse, last substep, corner of block.
+        self.impulse, self.corner = np.zeros((18, B)), np.full((18, B), -1)
+        self.touched = np.full((18, B), -1 - PERSISTENCE)  # too long ago to be remembered
+        # Of the broad phase: the leaves' boxes, their order, and the substep of their last change.
+        self.boxes, self.rank = np.tile(FIRST_LEAVES, B), np.tile([[0], [1], [2]], B)
+        self.moved = np.full((3, B), -1)
+        self.clock = np.zeros(B, int)  # substeps gone by
+        self._simulate(agent[None], 0 * agent[None])
+
+    def part(self, envs):
+        """A copy of the worlds with the indices envs (n,)."""
+        part = World.__new__(World)
+        vars(part).update({name: values.take(envs, -1) for name, values in vars(self).items()})
+        return part
 
     def drive(self, target):
         """One control step: the agents head for target (B,) complex. Returns which blocks moved."""
-        offset = self._agent - target
-        path = target + PD_RESPONSE[:, 0, 0] * offset + PD_RESPONSE[:, 0, 1] * self._agent_velocity
-        velocity = PD_RESPONSE[:, 1, 0] * offset + PD_RESPONSE[:, 1, 1] * self._agent_velocity
-        self._agent, self._agent_velocity = path[-1].copy(), velocity[-1].copy()
+        offset = self.agent - target
+        path = target + PD_RESPONSE[:, 0, 0] * offset + PD_RESPONSE[:, 0, 1] * self.agent_velocity
+        velocity = PD_RESPONSE[:, 1, 0] * offset + PD_RESPONSE[:, 1, 1] * self.agent_velocity
         return self._simulate(path, velocity)
 
-    def block_pose(self):
-        """(B, 3): x, y [px] and angle [rad] of the block; the angle is not wrapped."""
-        center, angle = self._block["center"], self._block["angle"]
-        return np.column_stack([as_floats(center - CENTER * np.exp(1j * angle)), angle])
-
-    def _simulate(self, path, velocity, wake=False):
+    def _simulate(self, path, velocity):
         """Move the blocks while the agents follow their paths (substeps, B); returns who did."""
-        block, substeps = self._block, len(path)
-        center, rotation = block["center"], np.exp(1j * block["angle"])
-        past = np.zeros((3, *path.shape), complex)  # what the broad phase has to know
-        past[0], past[1] = center, rotation
-        awake = (block["velocity"] != 0) | (block["spin"] != 0) | wake
-        near = ~awake & (np.abs(path - center).min(0) < REACH + AGENT_RADIUS)
+        self.agent, self.agent_velocity = path[-1], velocity[-1]
+        rotation = np.exp(1j * self.angle)
+        # In every substep: the block's centre and rotation, the agent, the velocities of both.
+        self.motion = np.zeros((5, *path.shape), complex)
+        self.motion[0], self.motion[1], self.motion[2::2] = self.center, rotation, (path, velocity)
+        awake = (self.velocity != 0) | (self.spin != 0) | (self.clock == 0)
+        near = ~awake & (np.abs(path - self.center).min(0) < REACH + AGENT_RADIUS)
         if np.count_nonzero(near):  # a block at rest sleeps until the agent touches it
-            agent = (path[:, near] - center[near]) * rotation[near].conj()
-            distance = circle_contacts(agent.ravel())[2].reshape(2, substeps, -1)
+            agent = (path[:, near] - self.center[near]) * rotation[near].conj()
+            distance = circle_contacts(agent.ravel())[2].reshape(2, *agent.shape)
             awake[near] = (distance <= AGENT_RADIUS).any((0, 1))
         envs = np.flatnonzero(awake)
-        self._known = np.zeros(len(center), int)  # substeps that the broad phase has seen
         if len(envs):
-            some = envs if len(envs) < len(center) else slice(None)  # all: views instead of copies
-            run = SimpleNamespace(
-                envs=envs, path=path[:, some], velocity=velocity[:, some], past=past[:, :, some],
-                block={name: values[..., some] for name, values in block.items()})
+            some = self.part(envs)
             # In a step the block goes no farther than by its own velocity, the agent's way, and
             # the deepest overlap, which is 30 px. Only near a wall need walls be looked for.
-            reach = REACH + np.abs(run.block["velocity"]) + np.abs(run.velocity).sum(0) + 30
-            offset = np.abs(as_floats(run.block["center"]) - MIDDLE).max(1)
-            run.walled = np.flatnonzero(offset + reach >= FREE)
-            for k in range(substeps):
-                self._substep(run, k)
-            past[:, :, some] = run.past
-            for name, values in run.block.items():
-                block[name][..., some] = values
-        self._follow(np.arange(len(center)), path, velocity, past)
-        self._clock += substeps
+            reach = REACH + np.abs(some.velocity) + np.abs(some.motion[4]).sum(0) + 30
+            offset = np.abs(as_floats(some.center) - MIDDLE).max(1)
+            walled = np.flatnonzero(offset + reach >= FREE)
+            for k in range(len(path)):
+                some._substep(k, walled)
+            for name, values in vars(self).items():
+                values[..., envs] = vars(some)[name]
+        self._follow(len(path))
+        self.clock += len(path)
         return envs
 
-    def _substep(self, run, k):
-        block, clock = run.block, self._clock + k
-        block["center"] += block["velocity"]
-        block["angle"] += block["spin"]
-        center, rotation = block["center"], np.exp(1j * block["angle"])
-        run.past[0, k], run.past[1, k], run.past[2, k] = center, rotation, block["contact_velocity"]
+    def _substep(self, k, at_wall):
+        clock = self.clock + k
+        self.center += self.velocity
+        self.angle += self.spin
+        center, rotation = self.center, np.exp(1j * self.angle)
+        motion = self.motion[:, k]
+        motion[0], motion[1], motion[3] = center, rotation, self.contact_velocity
         back = rotation.conj()
-        point, normal, distance = circle_contacts((run.path[k] - center) * back)
+        point, normal, distance = circle_contacts((motion[2] - center) * back)
         touch = distance <= AGENT_RADIUS
-        at_wall = run.walled
         if len(at_wall):
             corners = center[at_wall] - MIDDLE * (1 + 1j) + CORNERS[:, None] * rotation[at_wall]
             at_wall = at_wall[np.abs(as_floats(corners)).max((0, 2)) >= FREE]
         if np.count_nonzero(touch) + len(at_wall) == 0:
-            block["velocity"][:], block["contact_velocity"][:], block["spin"][:] = 0, 0, 0
+            self.velocity[:], self.contact_velocity[:], self.spin[:] = 0, 0, 0
             return
         # One contact, in closed form: the block must not be slower than the agent along the normal,
         # and overlap is pushed out on top. Without friction there is nothing else.
         lever = cross(point, normal)
         mass = touch * (INERTIA / (INERTIA + lever * lever))  # that the contact feels
-        speed = dot(normal, run.velocity[k] * back)
+        speed = dot(normal, motion[4] * back)
         push_speed = BIAS * np.maximum(AGENT_RADIUS - SLOP - distance, 0)
         # A contact lost for one or two substeps keeps its impulse, but that is not applied.
-        missed = clock - 1 - block["touched"]
-        start = block["impulse"] * ((missed < PERSISTENCE) & touch)
+        missed = clock - 1 - self.touched[:2]
+        start = self.impulse[:2] * ((missed < PERSISTENCE) & touch)
         kept = start * (missed > 0)
         impulse = np.maximum(speed * mass, -kept)
         total = impulse + push_speed * mass
@@ -312,48 +306,45 @@ class World:
             contacts = [values[:, several] for values in contacts]
             deep = (distance[:, several] < 0).any(0)  # agent within the block: contacts disagree
             if len(at_wall) or np.count_nonzero(deep):
-                solution = self._solve_at_walls(run, k, several, contacts, deep)
+                solution = self._solve_in_order(k, several, contacts, deep)
             else:
                 solution = solve_contacts(*contacts)
             (speed, push), (turn, push_turn), impulse[:, several] = solution
             contact_velocity[several], velocity[several] = speed, speed + push
             spin[several] = turn + push_turn
-        block["contact_velocity"] = contact_velocity * rotation
-        block["velocity"] = velocity * rotation
-        block["spin"] = spin
-        np.copyto(block["impulse"], impulse, where=touch)
-        np.copyto(block["touched"], clock, where=touch)
+        self.contact_velocity = contact_velocity * rotation
+        self.velocity = velocity * rotation
+        self.spin = spin
+        np.copyto(self.impulse[:2], impulse, where=touch)
+        np.copyto(self.touched[:2], clock, where=touch)
 
-    def _solve_at_walls(self, run, k, rows, contacts, deep):
+    def _solve_in_order(self, k, rows, contacts, deep):
         """`solve_contacts` for the n environments `rows`, with walls and in Chipmunk's order.
 
         contacts: its arguments for the agent's contacts, (2, n) each. deep (n,): the agent is
         within the block. The impulses returned are the agent's, (2, n).
         """
-        block, clock, every = run.block, self._clock + k, np.arange(len(rows))
-        corner, walls = wall_contacts(block["center"][rows], block["angle"][rows],
-                                      run.past[1, k, rows])
-        touch = walls[0]
-        missed = np.repeat(clock - 1 - block["wall_touched"][:, rows], 2, 0)
-        same = (missed < PERSISTENCE) & (corner == block["wall_corner"][:, rows])
-        start = block["wall_impulse"][:, rows] * (same & touch)
-        walls = *walls, start, start * (missed > 0)
-        contacts = [np.concatenate(pair) for pair in zip(contacts, walls)]
-        order, disputed = np.tile(np.arange(18)[:, None], len(rows)), touch.any(0) | deep
-        order[:, disputed] = self._order(run, k, rows[disputed])
-        order = np.where(contacts[0], order, 1000)  # only the first K contacts touch anywhere
-        order = np.argsort(order, 0, kind="stable")[:contacts[0].sum(0).max()]
+        clock, every = self.clock[rows] + k, np.arange(len(rows))
+        corner, walls = wall_contacts(self.center[rows], self.angle[rows], self.motion[1, k, rows])
+        contacts = [np.concatenate(pair) for pair in zip(contacts, walls)]  # without start, kept
+        touch = contacts[0]
+        missed = clock - 1 - self.touched[:, rows]
+        same = (missed < PERSISTENCE) & (corner == self.corner[:, rows])
+        start = self.impulse[:, rows] * (same & touch)
+        contacts += start, start * (missed > 0)
+        order, disputed = np.tile(np.arange(18)[:, None], len(rows)), touch[2:].any(0) | deep
+        order[:, disputed] = self._order(k, rows[disputed])
+        order = np.where(touch, order, 1000)  # only the first K contacts touch anywhere
+        order = np.argsort(order, 0, kind="stable")[:touch.sum(0).max()]
         impulse = np.zeros((18, len(rows)))
         velocity, spin, impulse[order, every] = solve_contacts(
             *(values[order, every] for values in contacts))
-        pair = touch[::2] | touch[1::2]
-        held = np.repeat(pair, 2, 0)
-        for name, where, value in (("wall_touched", pair, clock), ("wall_corner", held, corner),
-                                   ("wall_impulse", held, impulse[2:])):
-            block[name][:, rows] = np.where(where, value, block[name][:, rows])
+        held = touch | touch[PARTNER]
+        for memory, value in (self.touched, clock), (self.corner, corner), (self.impulse, impulse):
+            memory[:, rows] = np.where(held, value, memory[:, rows])
         return velocity, spin, impulse[:2]
 
-    def _order(self, run, k, rows):
+    def _order(self, k, rows):
         """When the solver visits each of the 18 contacts, (18, n): smaller is earlier.
 
         Squeezed between agent and wall, ten sweeps do not converge, and their order decides where
@@ -361,12 +352,10 @@ class World:
         leaf, the pairs that it forms with earlier leaves and walls, the newest first. A leaf that
         has just moved makes its pairs anew: with walls first, in the walls' tree order.
         """
-        envs = run.envs[rows]
-        self._follow(envs, run.path[:k + 1, rows], run.velocity[:k + 1, rows],
-                     run.past[:, :k + 1, rows])
-        rank, moved = self._tree["rank"][:, envs], self._tree["moved"][:, envs]
+        self._follow(k + 1, rows)
+        rank, moved = self.rank[:, rows], self.moved[:, rows]
         block, agent = rank[:2], rank[2]
-        now = moved[:2] == self._clock + k
+        now = moved[:2] == self.clock[rows] + k
         paired = 4 * np.maximum(moved[:2], moved[2]) + block
         walls_first = now | (moved[:2] == moved[2])
         contacts = np.where(agent > block, 16 * agent + (paired < paired[::-1]),
@@ -375,52 +364,41 @@ class World:
         walls = (16 * block + np.where(now, 3 - wall, wall)).reshape(8, -1)
         return np.concatenate([contacts, np.repeat(walls, 2, 0)])
 
-    def _follow(self, envs, path, agent_velocity, past):
-        """Follow Chipmunk's tree of bounding boxes over the substeps that it has not seen yet.
+    def _follow(self, until, rows=slice(None)):
+        """Follow Chipmunk's tree of bounding boxes over the step's first substeps, `until`.
 
         A leaf's box is fattened; when the shape leaves it, the leaf is taken out, fattened anew
         in the direction of its motion, and put back before the leaf with which the tree grows
         least (cpBBTree.c LeafUpdate, SubtreeInsert). `rank` is the order of the three leaves.
         """
-        boxes, ranks, moved = self._tree["box"], self._tree["rank"], self._tree["moved"]
-        known, until = self._known[envs], len(path)
-        self._known[envs] = until
-        center, rotation, velocity = past[:, :, None]
-        middle = np.concatenate([center + BOX_MIDDLES * rotation, path[:, None]], 1)
+        center, rotation, agent = self.motion[:3, :until, None, rows]
+        middle = np.concatenate([center + BOX_MIDDLES * rotation, agent], 1)
         middle = np.stack([middle.real, middle.imag])  # x and y, substep, leaf, environment
         half, cos, sin = np.full_like(middle, AGENT_RADIUS), abs(rotation.real), abs(rotation.imag)
         half[:, :, :2] = HALF_LONG * cos + HALF_WIDE * sin, HALF_LONG * sin + HALF_WIDE * cos
         box = np.concatenate([middle - half, -middle - half])
-        time, column = np.arange(until)[:, None], np.arange(len(envs))
-        out = (boxes[:, None, :, envs] > box).any(0) & (time >= known)[:, None]
-        while np.count_nonzero(out):  # one event of each environment in turn
-            column = column[out[:, :, column].any((0, 1))]
-            substep, leaf = np.divmod(out[:, :, column].reshape(-1, len(column)).argmax(0), 3)
+        envs, time = np.arange(len(self.clock))[rows], np.arange(until)[:, None]
+        left = (self.boxes[:, None, :, rows] > box).any(0)
+        left &= (self.clock[rows] + time)[:, None] > self.moved[:, rows]  # and not seen before
+        while np.count_nonzero(left):  # one event of each environment in turn
+            column = np.flatnonzero(left.any((0, 1)))
+            substep, leaf = np.divmod(left[:, :, column].reshape(3 * until, -1).argmax(0), 3)
             env, new = envs[column], box[:, substep, leaf, column]
-            speed = np.where(leaf == 2, agent_velocity[substep, column],
-                             velocity[substep, 0, column])
+            speed = self.motion[np.where(leaf == 2, 4, 3), substep, env]
             ahead, margin = 0.1 / DT * as_floats(speed).T, -0.1 * (new[:2] + new[2:])
             new[:2] -= np.maximum(margin, -ahead)
             new[2:] -= np.maximum(margin, ahead)
-            boxes[:, leaf, env], moved[leaf, env] = new, self._clock + substep
-            one, two = (leaf + 1) % 3, (leaf + 2) % 3
-            swap = ranks[one, env] > ranks[two, env]
-            one, two = np.where(swap, two, one), np.where(swap, one, two)
-            second = joins_second(boxes[:, one, env], boxes[:, two, env], new)
-            ranks[leaf, env], ranks[one, env], ranks[two, env] = second, 1 - second, 2
-            still = (new[:, None] > box[:, :, leaf, column]).any(0)
-            out[:, leaf, column] = still & (time > substep)
-
-
-def joins_second(one, two, new):
-    """Does the tree (one, two) grow less if a new leaf joins two? Boxes are (4, n)."""
-    area_one, area_two, grown_one, grown_two = (
-        (box[0] + box[2]) * (box[1] + box[3])
-        for box in (one, two, np.minimum(one, new), np.minimum(two, new)))
-    away_one, away_two = (np.abs(box[:2] - box[2:] - new[:2] + new[2:]).sum(0)
-                          for box in (one, two))
-    first, second = area_two + grown_one, area_one + grown_two
-    return np.where(first == second, away_two < away_one, second < first)
+            self.boxes[:, leaf, env], self.moved[leaf, env] = new, self.clock[env] + substep
+            # Of the other two, in their order, the leaf joins that by which the tree genv less.
+            order = self.rank[:, env].argsort(0).T
+            others = order[order != leaf[:, None]].reshape(-1, 2).T
+            old, new = self.boxes[:, others, env], new[:, None]
+            both, other = ((box[:2] + box[2:]).prod(0) for box in (np.minimum(old, new), old))
+            grown = both + other[::-1]
+            away = np.abs(old[:2] - old[2:] - new[:2] + new[2:]).sum(0)
+            less = np.where(grown[0] == grown[1], away[1] < away[0], grown[1] < grown[0])
+            self.rank[leaf, env], self.rank[others, env] = less, (1 - less, 2 + 0 * less)
+            left[:, leaf, column] = (time > substep) & (new > box[:, :, leaf, column]).any(0)
 
 
 # Environment -------------------------------------------------------------------------------------
@@ -445,7 +423,7 @@ START = {"full": start_full, "near": start_near}
 OBSERVATIONS = "state", "keypoints", "pixels"
 
 
-class PushT(World):
+class PushT:
     """B environments in one. An environment's results do not depend on its neighbours.
 
     task: "full" (the benchmark's starts) or "near"; observation: "state" (B, 5), "keypoints"
@@ -455,10 +433,10 @@ class PushT(World):
 
     def __init__(self, num_envs=1, task="full", success_threshold=0.95, max_steps=300,
                  observation="state"):
-        if task not in START:
-            raise ValueError(f"task is {task!r}; allowed: {', '.join(START)}")
-        if observation not in OBSERVATIONS:
-            raise ValueError(f"observation is {observation!r}; allowed: {', '.join(OBSERVATIONS)}")
+        for name, value, allowed in (("task", task, START),
+                                     ("observation", observation, OBSERVATIONS)):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}; it must be at least 1")
         self.num_envs, self.task, self.observation = num_envs, task, observation
@@ -472,7 +450,7 @@ class PushT(World):
 
     def set_state(self, state):
         """Set exactly this state (B, 5), see `state`, all at rest; returns the observation."""
-        self.place(self._checked("state", state, 5))
+        self._world = World(self._checked("state", state, 5))
         self.steps, self.max_coverage = np.zeros(self.num_envs, int), np.zeros(self.num_envs)
         self._coverage = block_coverage(self.block_pose())
         return self.observe()
@@ -483,7 +461,7 @@ class PushT(World):
         Returns observation, reward (B,) = min(coverage / threshold, 1), terminated (B,), truncated
         (B,) and info: coverage, max_coverage since the start, is_success. It never resets anything.
         """
-        moved = self.drive(self._checked("actions", actions, 2) @ [1, 1j])
+        moved = self._world.drive(self._checked("actions", actions, 2) @ [1, 1j])
         if len(moved):
             self._coverage[moved] = block_coverage(self.block_pose()[moved])
         self.steps += 1
@@ -505,9 +483,14 @@ class PushT(World):
 
     def state(self):
         """(B, 5): agent x, y, block x, y [px], block angle in [0, 2 pi)."""
-        state = np.concatenate([as_floats(self._agent), self.block_pose()], 1)
+        state = np.concatenate([as_floats(self._world.agent), self.block_pose()], 1)
         state[:, 4] %= 2 * np.pi
         return state
+
+    def block_pose(self):
+        """(B, 3): x, y [px] and angle [rad] of the block; the angle is not wrapped."""
+        center, angle = self._world.center, self._world.angle
+        return np.column_stack([as_floats(center - CENTER * np.exp(1j * angle)), angle])
 
     def coverage(self):
         """(B,) share of the goal that the block covers now."""
@@ -519,7 +502,7 @@ class PushT(World):
             return self.render()
         if self.observation == "keypoints":
             corners = keypoints(self.block_pose()).reshape(self.num_envs, 16)
-            return np.concatenate([corners, as_floats(self._agent)], 1)
+            return np.concatenate([corners, as_floats(self._world.agent)], 1)
         return self.state()
 
     def render(self, size=96):
@@ -528,10 +511,9 @@ class PushT(World):
 
     def keep(self, mask):
         """Go on with the environments where mask (B,) is true, drop the others."""
-        for values in vars(self), self._block, self._tree:
-            values |= {name: value[..., mask] for name, value in values.items()
-                       if isinstance(value, np.ndarray)}
-        self.num_envs = len(self._agent)
+        self._world, self._coverage = self._world.part(np.flatnonzero(mask)), self._coverage[mask]
+        self.steps, self.max_coverage = self.steps[mask], self.max_coverage[mask]
+        self.num_envs = len(self.steps)
 
 
 # Picture -----------------------------------------------------------------------------------------
@@ -557,7 +539,8 @@ class Painter:
         self.share = np.stack([1 - share, share], 1).ravel().astype(np.float32)
         out = np.abs(self.taps - MIDDLE) - FREE
         out = np.maximum(out, out[:, None])
-        self.wall = self.shrink((out >= 0) & (out <= 4))[None, ..., None]
+        wall = self.shrink((out >= 0) & (out <= 4)).ravel()
+        self.walls, self.wall = wall.nonzero()[0], wall[wall > 0, None]
         self.background = np.full((1, size, size, 3), COLORS["board"], np.uint8)
         self.draw_block(self.background, GOAL[None], 0.5, ("goal", "goal"))
 
@@ -567,20 +550,18 @@ class Painter:
         mask = (mask[..., ::2] + mask[..., 1::2]) * self.share[y][..., None]
         return mask[..., ::2, :] + mask[..., 1::2, :]
 
-    def window(self, center, extent):
-        """P x P pixels around center (n, 2) px: the first pixel (n, 2), the taps x, y (n, 2P)."""
+    def paint(self, images, center, extent, shape, colors):
+        """Paint a shape into a window of P x P pixels around center (n, 2) px, in place.
+
+        shape(x, y): the two masks (n, 2P, 2P), one for each color, on the taps x, y (n, 2P) px.
+        """
         width = min(int(2 * extent * self.size / BOARD) + 3, self.size)
         first = (center - extent) * self.size / BOARD - 0.5
         first = np.clip(first, 0, self.size - width).astype(int)
-        taps = 2 * first[..., None] + np.arange(2 * width)
-        return first, taps[:, 0], taps[:, 1]
-
-    def blend(self, images, window, masks, colors):
-        """Paint masks (n, 2P, 2P) in their colors over a window of the images, in place."""
-        first, x, y = window
-        shares = [self.shrink(mask, x, y)[:, None] for mask in masks]
+        x, y = (2 * first.T[..., None] + np.arange(2 * width))
+        shares = [self.shrink(mask, x, y)[:, None] for mask in shape(self.taps[x], self.taps[y])]
         # all windows of all images as one view (n, row, column, 3, P, P): n of them are changed
-        windows = np.lib.stride_tricks.sliding_window_view(images, shares[0].shape[2:], (1, 2),
+        windows = np.lib.stride_tricks.sliding_window_view(images, (width, width), (1, 2),
                                                            writeable=True)
         chosen = np.arange(len(images)), first[:, 1], first[:, 0]
         patch = windows[chosen] * (1 - sum(shares)) + np.float32(0.5)
@@ -589,38 +570,40 @@ class Painter:
         windows[chosen] = patch.astype(np.uint8)
 
     def draw_block(self, images, pose, border, colors):
-        corners, turn = keypoints(pose), np.exp(-1j * pose[:, 2:]).astype(np.complex64)
-        window = self.window((corners.min(1) + corners.max(1)) / 2, 73)  # half its extent, edge
-        x = (self.taps[window[1]] - pose[:, :1].astype(np.float32)) * turn
-        y = (self.taps[window[2]] - pose[:, 1:2].astype(np.float32)) * (1j * turn)
-        across = np.abs(y.real[..., None] + x.real[:, None])  # the taps in the block's frame
-        down = y.imag[..., None] + x.imag[:, None]
-        edge = fill = np.zeros(across.shape, bool)
-        for (_, top), (half, bottom) in BOXES:
-            along = np.abs(down - np.float32((top + bottom) / 2))
-            solid = (across <= half + border) & (along <= (bottom - top) / 2 + border)
-            inner = (across < half - border) & (along < (bottom - top) / 2 - border)
-            fill, edge = inner | (fill & ~solid), (edge | solid) & ~inner
-        self.blend(images, window, (fill, edge & ~fill), colors)
+        def shape(x, y):
+            turn = np.exp(-1j * pose[:, 2:]).astype(np.complex64)
+            x = (x - pose[:, :1].astype(np.float32)) * turn
+            y = (y - pose[:, 1:2].astype(np.float32)) * (1j * turn)
+            across = np.abs(y.real[..., None] + x.real[:, None])  # the taps in the block's frame
+            down = y.imag[..., None] + x.imag[:, None]
+            edge = fill = np.zeros(across.shape, bool)
+            for (_, top), (half, bottom) in BOXES:
+                along = np.abs(down - np.float32((top + bottom) / 2))
+                solid = (across <= half + border) & (along <= (bottom - top) / 2 + border)
+                inner = (across < half - border) & (along < (bottom - top) / 2 - border)
+                fill, edge = inner | (fill & ~solid), (edge | solid) & ~inner
+            return fill, edge & ~fill
+        corners = keypoints(pose)  # half the block's extent and its edge are 73 px
+        self.paint(images, (corners.min(1) + corners.max(1)) / 2, 73, shape, colors)
 
     def draw_agent(self, images, agent):
+        def shape(x, y):
+            center = np.rint(agent).astype(np.float32)
+            x, y = x - center[:, :1], y - center[:, 1:]
+            square = (y * y)[..., None] + (x * x)[:, None]
+            inner, disc = square <= (AGENT_RADIUS - 4) ** 2, square <= AGENT_RADIUS ** 2
+            return inner, disc & ~inner
         agent = np.clip(agent, -BOARD, 2 * BOARD)
-        window = self.window(agent, AGENT_RADIUS + 1)
-        agent = np.rint(agent).astype(np.float32)
-        x, y = self.taps[window[1]] - agent[:, :1], self.taps[window[2]] - agent[:, 1:]
-        square = (y * y)[..., None] + (x * x)[:, None]
-        inner, disc = square <= (AGENT_RADIUS - 4) ** 2, square <= AGENT_RADIUS ** 2
-        self.blend(images, window, (inner, disc & ~inner), ("agent", "rim"))
+        self.paint(images, agent, AGENT_RADIUS + 1, shape, ("agent", "rim"))
 
     def draw(self, states):
         images = np.repeat(self.background, len(states), 0)
         self.draw_block(images, states[:, 2:], 2.5, ("fill", "edge"))
         self.draw_agent(images, states[:, :2])
-        rim = int(np.ceil(9 * self.size / BOARD))  # pixels within which the walls are
-        inner = slice(rim, -rim)
-        for part in np.s_[:, :rim], np.s_[:, -rim:], np.s_[:, inner, :rim], np.s_[:, inner, -rim:]:
-            wall = self.wall[part] * np.float32(COLORS["wall"])
-            images[part] = images[part] * (1 - self.wall[part]) + wall + np.float32(0.5)
+        pixels = images.reshape(len(states), -1, 3)
+        wall = self.wall * np.float32(COLORS["wall"])
+        walled = pixels.take(self.walls, 1) * (1 - self.wall) + wall + np.float32(0.5)
+        pixels[:, self.walls] = walled.astype(np.uint8)
         return images
 
 
@@ -642,17 +625,15 @@ def draw_rollouts(states, lengths, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lengths = np.minimum(lengths[:8], len(states) - 1)
-
-    def frames(time):
-        return states[np.minimum(time, lengths), np.arange(len(lengths))]
-
-    figure, last = Figure(figsize=(8, 4.2)), frames(lengths)
+    times = np.arange(lengths.max() + 1)[:, None]
+    states = states[np.minimum(times, lengths), np.arange(len(lengths))]  # each waits at its end
+    figure = Figure(figsize=(8, 4.2))
     axes = figure.subplots(2, 4).ravel()
     for axis in axes:
         axis.set_axis_off()
     images = [axis.imshow(picture, extent=(0, BOARD, BOARD, 0))
-              for axis, picture in zip(axes, draw_states(last, 192))]
-    for i, coverage in enumerate(block_coverage(last[:, 2:])):
+              for axis, picture in zip(axes, draw_states(states[-1], 192))]
+    for i, coverage in enumerate(block_coverage(states[-1, :, 2:])):
         axes[i].plot(*states[:lengths[i] + 1, i, :2].T, color="tab:orange", linewidth=1)
         axes[i].set_title(f"{lengths[i]} steps, coverage {coverage:.2f}", fontsize=8)
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.94, 0.04, 0.12)
@@ -662,9 +643,9 @@ def draw_rollouts(states, lengths, folder):
         axis.set_title("")
 
     def show(time):
-        for image, picture in zip(images, draw_states(frames(time), 192)):
+        for image, picture in zip(images, draw_states(states[time], 192)):
             image.set_data(picture)
-    times = [*range(0, lengths.max() + 1, 3), *[lengths.max()] * 5]  # the end stays for a while
+    times = [*range(0, len(states), 3), *[-1] * 5]  # the end stays for a while
     FuncAnimation(figure, show, times).save(folder / "rollout.gif", PillowWriter(fps=10), dpi=60)
 
 
@@ -734,8 +715,7 @@ def _ways(start, closed=np.zeros(6)):
     ring = np.minimum(forward, total - forward)
     to_node = (_straight(start[:, None], _NODES) + closed)[:, :, None] + ring
     by_ring = (to_node.min(1)[:, :, None] + _TAIL).min(1)
-    sense = np.broadcast_to(np.where(forward <= ring, 1, -1), to_node.shape)
-    return _straight(start[:, None], _WAIT), by_ring, to_node, sense
+    return _straight(start[:, None], _WAIT), by_ring, to_node, np.where(forward <= ring, 1, -1)
 
 
 _NORMAL = np.concatenate([np.full(number, normal, complex) for _, _, number, normal in _FACES])
@@ -996,14 +976,12 @@ def lesson(folder, task):
     states, lengths = [env.reset(0)], np.full(8, env.max_steps)
     print(f"8 scenes of task {task!r}; the state {states[0].shape} is agent x, y, block x, y and "
           f"angle.\nScene 0: {np.round(states[0][0], 2)}, coverage {env.coverage()[0]:.3f}")
-    for step in range(1, env.max_steps + 1):
+    while len(states) <= lengths.max():  # the longest rollout goes on
         state, _, terminated, _, info = env.step(expert_action(states[-1]))
+        lengths[terminated] = np.minimum(lengths[terminated], len(states))
+        if len(states) % 25 == 0:
+            print(f"step {len(states):3d}: coverage {np.round(info['coverage'], 2)}")
         states.append(state)
-        lengths[terminated] = np.minimum(lengths[terminated], step)
-        if step % 25 == 0:
-            print(f"step {step:3d}: coverage {np.round(info['coverage'], 2)}")
-        if (lengths <= step).all():
-            break
     print(f"coverage above {env.success_threshold} in {(lengths < env.max_steps).sum()} of 8 "
           f"scenes, after {lengths.mean():.0f} steps in the mean")
     draw_rollouts(np.stack(states), lengths, folder)

@@ -1,123 +1,300 @@
-"""One question, one command: a grid of ordinary train.py runs, collected into a table and a figure.
+"""The paper's questions, one command each: a grid of ordinary train.py runs, a table, a figure.
 
-    python -m results.compare main              run what is missing, then collect
-    python -m results.compare main --list       print the missing runs' commands, one a line, for
-                                                GNU parallel or a job array; then call it again
-    python -m results.compare main --collect    only collect what is finished
+    python -m results.compare recipes           run what is missing, then collect
+    python -m results.compare recipes --list    print the missing runs' commands, one a line, for
+                                                GNU parallel or a job array; then collect
+    python -m results.compare recipes --collect      only collect what is finished
+    python -m results.compare --check runs/mlp-decoupled-full-laptop-seed0      is my run normal?
 
-A cell is one run in its own folder, runs/<preset>/<cell>-seed<n>; finished cells are skipped.
-Written: results/<preset>.json and .png, and the table between the preset's markers in README.md.
+A cell is one run in a folder of its own, runs/compare/<its flags>-seed<n>: presets share cells, and
+finished ones are skipped. Written: results/<preset>.json, .md and .png, and the table between the
+preset's markers in README.md.
 """
 import argparse
+import csv
 import json
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-RECIPES = {"normal": "", "decoupled": "--decoupled", "random frozen": "--random-backbone"}
+ROOT = HERE.parent
 
-# preset -> cell -> the flags of train.py
+
+@dataclass
+class Preset:
+    """A question: its cells are label -> flags of train.py; paper: label -> the paper's success."""
+    question: str
+    cells: dict
+    paper: dict
+    task: str = "near"
+    seeds: int = 2
+
+
+RECIPES = {"normal": "", "decoupled": "--decoupled", "random frozen": "--random-backbone",
+           "stage-1 start, nothing frozen": "--pretrained"}
+HEADS = {"DP-MLP": "--backbone mlp", "DP-C": "--backbone unet",
+         "DP-T, cross-attention": "--backbone transformer --conditioning cross-attention",
+         "DP-T, FiLM": "--backbone transformer"}
+MECHANISMS = ["film", "adaln", "adaln-zero", "adarms", "additive", "cross-attention", "prefix"]
+
+
+def both(label, flags):
+    """The pair that most questions are about."""
+    return {f"{label}, normal": flags, f"{label}, decoupled": f"{flags} --decoupled"}
+
+
 PRESETS = {
-    "main": {f"{task}, {name}": f"--backbone mlp --task {task} {flags}"
-             for task in ("full", "near") for name, flags in RECIPES.items()},
+    "main": Preset(
+        "Does freezing cost success, on the whole benchmark?",
+        {f"DP-MLP, {name}": f"--backbone mlp {RECIPES[name]}"
+         for name in ("normal", "decoupled", "random frozen")},
+        {"DP-MLP, normal": "64.3 / 65.9", "DP-MLP, decoupled": "61.1 / 61.2"}, "full", 3),
+    "recipes": Preset(
+        "Does freezing cost success?",
+        {f"{head}, {name}": f"{flags} {recipe}" for head, flags in HEADS.items()
+         for name, recipe in RECIPES.items()},
+        {"DP-MLP, normal": "64.3 / 65.9", "DP-MLP, decoupled": "61.1 / 61.2",
+         "DP-C, normal": "64.0 / 63.6", "DP-C, decoupled": "63.4 / 62.2",
+         "DP-C, random frozen": "- / 0.0", "DP-T, cross-attention, normal": "59.8 / 60.4",
+         "DP-T, cross-attention, decoupled": "38.7 / 19.4", "DP-T, FiLM, normal": "58.6 / -",
+         "DP-T, FiLM, decoupled": "53.4 / -"}, seeds=3),
+    "conditioning": Preset(
+        "Which mechanism survives freezing?",
+        {label: flags for name in MECHANISMS
+         for label, flags in both(name, f"--backbone transformer --conditioning {name}").items()} |
+        {f"cross-attention, decoupled, {name}":
+         f"--backbone transformer --conditioning cross-attention --decoupled {flags}"
+         for name, flags in {"two tokens in stage 1": "--pretrain-tokens 2",
+                             "keys and values trained": "--train-key-values"}.items()},
+        {f"{name}, {recipe}": value for name, *values in (
+            ("film", "59.5", "51.8"), ("adaln", "62.0", "62.3"), ("adaln-zero", "64.0", "64.5"),
+            ("adarms", "63.8", "60.0"), ("additive", "57.0", "45.3"),
+            ("cross-attention", "61.3", "19.8"), ("prefix", "56.3", "19.5"))
+         for recipe, value in zip(("normal", "decoupled"), values)}),
+    "source": Preset(
+        "Does the stage-1 signal matter?",
+        {"joint angles": "--backbone mlp --decoupled",
+         "end-effector poses": "--backbone mlp --decoupled --pretrain-condition pose",
+         "nothing": "--backbone mlp --decoupled --pretrain-condition none",
+         "random frozen": "--backbone mlp --random-backbone"},
+        {"joint angles": "62.2", "end-effector poses": "62.2 to 63.8", "nothing": "62.2 to 63.8",
+         "random frozen": "0.0"}),
+    "data": Preset(
+        "Is free data good enough?",
+        {"arm motion": "--backbone mlp --decoupled",
+         "the demonstrations' own paths": "--backbone mlp --decoupled --pretrain-data demonstrations",
+         "too fast": "--backbone mlp --decoupled --pretrain-data fast",
+         "too smooth": "--backbone mlp --decoupled --pretrain-data smooth",
+         "1,500 demonstrations, normal": "--backbone mlp"} |
+        {label: flags for number in (10, 30, 100) for label, flags in both(
+            f"{number} demonstrations", f"--backbone mlp --num-demos {number}").items()},
+        {"the demonstrations' own paths": "62.2"}),
+    "size": Preset(
+        "How small can the backbone get?",
+        {f"width {width}, {depth} blocks": f"--backbone mlp --decoupled --width {width} "
+         f"--depth {depth}" for width, depth in ((8, 4), (32, 4), (64, 4), (128, 1), (128, 2))} |
+        {"width 128, 4 blocks": "--backbone mlp --decoupled"}, {}),
+    "observation": Preset(
+        "What must the policy see?",
+        {"relative corners, two scales": "--backbone mlp --decoupled",
+         "gym-pusht's keypoints": "--backbone mlp --decoupled --features keypoints",
+         "relative corners, absolute actions": "--backbone mlp --decoupled --absolute-actions"},
+        {}, "full"),
 }
 
 
-def runs(preset, seeds):
-    """All runs of a preset: (cell, folder, command)."""
-    for cell, flags in PRESETS[preset].items():
+def runs(preset, seeds, only=""):
+    """All runs of a preset whose flags contain `only`: (label, folder, command)."""
+    for label, flags in preset.cells.items():
+        flags = " ".join(f"--task {preset.task} {flags}".split())
+        slug = flags.replace("--backbone ", "").replace("--task ", "").replace("--", "")
         for seed in range(seeds):
-            folder = Path("runs") / preset / f"{cell.replace(', ', '-').replace(' ', '-')}-seed{seed}"
-            yield cell, folder, f"train.py {flags} --seed {seed} --out {folder}"
+            folder = Path("runs/compare") / f"{slug.replace(' ', '-')}-seed{seed}"
+            if only in flags:
+                yield label, folder, f"train.py {flags} --seed {seed} --out {folder}"
+
+
+def curve(folder, points=25):
+    """The loss of each stage at some fixed updates: stage -> [[update, seconds, loss], ...]."""
+    with open(folder / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    stages = {}
+    for row in rows:
+        stages.setdefault(row["stage"], []).append(
+            [int(row["step"]), float(row["seconds"]), round(float(row["loss"]), 5)])
+    return {stage: line[::-(-len(line) // points)] for stage, line in stages.items()}
 
 
 def collect(preset, seeds):
-    """The finished runs' summaries, each with its cell's name."""
-    cells = []
-    for cell, folder, _ in runs(preset, seeds):
-        if (folder / "summary.json").exists():
-            cells.append({"cell": cell} | json.loads((folder / "summary.json").read_text()))
-    return cells
+    """The finished runs: each one's summary, the label of its cell, and its curve."""
+    return [{"cell": label} | json.loads((folder / "summary.json").read_text())
+            | {"curve": curve(folder)}
+            for label, folder, _ in runs(preset, seeds) if (folder / "summary.json").exists()]
 
 
 def spread(values):
-    """Mean and standard error over seeds."""
+    """Mean and its standard error over seeds; of one seed, not known."""
     return np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
 
 
-def table(cells):
-    """Markdown: one row a cell, success and score of each seed and their mean."""
-    lines = ["| task, recipe | success, mean ± s.e. over seeds | each seed | score, mean ± s.e. "
-             "| each seed | trained / frozen parameters |", "|---|---|---|---|---|---|"]
-    for name in dict.fromkeys(cell["cell"] for cell in cells):
-        group = [cell for cell in cells if cell["cell"] == name]
-        columns = [name]
-        for key in ("success_rate", "score"):
-            values = [cell[key] for cell in group]
-            mean, error = spread(values)
-            columns += [f"{mean:.3f} ± {error:.3f}", " ".join(f"{value:.3f}" for value in values)]
-        parameters = group[0]["parameters"]
-        columns += [f"{parameters['trained'] / 1e6:.2f}M / {parameters['frozen'] / 1e6:.2f}M"]
-        lines.append("| " + " | ".join(columns) + " |")
+def groups(cells):
+    """label -> the cells of all its seeds."""
+    return {label: [cell for cell in cells if cell["cell"] == label]
+            for label in dict.fromkeys(cell["cell"] for cell in cells)}
+
+
+def table(name, cells):
+    """Markdown: a row for each label. The paper's column is of other tasks (MimicGen, %)."""
+    paper = PRESETS[name].paper
+    lines = ["| | success, mean ± s.e. | each seed | score, mean ± s.e. | trained / frozen "
+             "parameters |" + (" paper, other tasks |" if paper else ""),
+             "|---|---|---|---|---|" + ("---|" if paper else "")]
+    for label, group in groups(cells).items():
+        success, score = ([cell[key] for cell in group] for key in ("success_rate", "score"))
+        trained, frozen = (group[0]["parameters"][key] / 1e6 for key in ("trained", "frozen"))
+        columns = [label, "{:.3f} ± {:.3f}".format(*spread(success)),
+                   " ".join(f"{value:.3f}" for value in success),
+                   "{:.3f} ± {:.3f}".format(*spread(score)), f"{trained:.2f}M / {frozen:.2f}M"]
+        lines.append("| " + " | ".join(columns + ([paper.get(label, "-")] if paper else [])) + " |")
     return "\n".join(lines) + "\n"
 
 
-def split_at_markers(text, preset):
-    """What stands before, between and after <!-- preset --> and <!-- /preset --> in the README."""
-    before, found, rest = text.partition(f"<!-- {preset} -->\n")
-    shown, end, after = rest.partition(f"<!-- /{preset} -->")
+def split_at_markers(text, name):
+    """What stands before, between and after <!-- name --> and <!-- /name --> in the README."""
+    before, found, rest = text.partition(f"<!-- {name} -->\n")
+    shown, end, after = rest.partition(f"<!-- /{name} -->")
     return before + found, shown, end + after
 
 
-def draw(cells, path):
+def draw(name, cells, path):
+    """Bars of success and score with their standard errors; the loss per update and per second."""
     import matplotlib.pyplot as plt
-    names = list(dict.fromkeys(cell["cell"] for cell in cells))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.5 * len(names) + 1.2), sharey=True,
-                                layout="constrained")
-    for axis, key in zip(axes, ("success_rate", "score")):
-        for row, name in enumerate(names):
-            values = [cell[key] for cell in cells if cell["cell"] == name]
+    labels = groups(cells)
+    figure, axes = plt.subplots(2, 2, figsize=(11, 0.42 * len(labels) + 4), layout="constrained",
+                                height_ratios=(0.42 * len(labels) + 0.6, 3.4))
+    for axis, key in zip(axes[0], ("success_rate", "score")):
+        for row, group in enumerate(labels.values()):
+            values = [cell[key] for cell in group]
             mean, error = spread(values)
-            axis.barh(row, mean, xerr=error, color="C0", alpha=0.5, capsize=3)
+            axis.barh(row, mean, xerr=error, color=f"C{row % 10}", alpha=0.5, capsize=3)
             axis.plot(values, [row] * len(values), "k.", ms=5)
-        axis.set(xlabel=key.replace("_", " "), xlim=(0, 1))
+        axis.set(xlabel=f"{key.replace('_', ' ')} (dots: seeds)", xlim=(0, 1))
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    figure.savefig(path, dpi=110)
+        axis.set_yticks(range(len(labels)), labels if axis is axes[0, 0] else [])
+        axis.invert_yaxis()
+    for axis, column, what in zip(axes[1], (0, 1), ("update", "second of stage 2, stage 1 before")):
+        for row, group in enumerate(labels.values()):
+            lines = np.array([cell["curve"]["stage2"] for cell in group])
+            before = np.mean([cell["seconds"].get("stage1", 0) for cell in group])
+            axis.plot(lines[..., column].mean(0) + column * before, lines[..., 2].mean(0),
+                      color=f"C{row % 10}", ls="-" if row < 10 else "--")
+        axis.set(xlabel=what, ylabel="loss in stage 2" if not column else "", yscale="log")
+        axis.grid(alpha=0.3)
+    figure.suptitle(PRESETS[name].question + f" (task {PRESETS[name].task})")
+    figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def publish(name, cells):
+    """Write all that is made of the cells."""
+    (HERE / f"{name}.json").write_text(
+        '{"cells": [\n' + ",\n".join(json.dumps(cell) for cell in cells) + "\n]}\n")
+    (HERE / f"{name}.md").write_text(table(name, cells))
+    draw(name, cells, HERE / f"{name}.png")
+    readme = ROOT / "README.md"
+    before, shown, after = split_at_markers(readme.read_text(), name)
+    if after:
+        readme.write_text(before + table(name, cells) + after)
+    print(table(name, cells))
+
+
+def check(folder):
+    """Compare a run with the committed ones of the same kind; returns the lines to print."""
+    try:
+        run = json.loads((folder / "summary.json").read_text())
+        lines = curve(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} holds no finished run of train.py: {error}") from None
+    kind = "backbone", "conditioning", "recipe", "task", "scale", "parameters", "executed_actions"
+    known = [cell for file in sorted(HERE.glob("*.json"))
+             for cell in json.loads(file.read_text())["cells"]
+             if all(cell[key] == run[key] for key in kind)]
+    if not known:
+        raise ValueError("no committed run is of this kind: " +
+                         ", ".join(f"{key} {run[key]}" for key in kind[:5]))
+    report = [f"compared with {len(known)} committed runs"]
+
+    def judge(what, value, band, low, high, cause):
+        """low, high: how much of the band's edges is still normal, for chance has few seeds here."""
+        inside = low * min(band) <= value <= high * max(band)
+        report.append(f"{'OK     ' if inside else 'OUTSIDE'} {what}: {value:.3g}, committed "
+                      f"{min(band):.3g} to {max(band):.3g}" + ("" if inside else f". {cause}"))
+
+    for stage, line in lines.items():
+        bands = [{step: loss for step, _, loss in cell["curve"].get(stage, [])} for cell in known]
+        shared = [(step, loss, band) for step, _, loss in line
+                  if len(band := [b[step] for b in bands if step in b]) == len(known)]
+        for step, loss, band in (shared[len(shared) // 4::len(shared) // 4] if shared else []):
+            judge(f"{stage} loss at update {step:,}", loss, band, 0.85, 1.15,
+                  "Higher: learning rate, fewer or other demonstrations, a frozen part that should "
+                  "learn. Lower: fewer demonstrations than here, learnt by heart")
+    for key in ("score", "success_rate"):
+        judge(key.replace("_", " "), run[key], [cell[key] for cell in known], 0.95, 1.05,
+              "If the losses are OK: other evaluation scenes, executed actions or sampler; few "
+              "scenes scatter")
+    for stage, rate in run["iterations_per_second"].items():
+        judge(f"{stage} updates a second", rate,
+              [cell["iterations_per_second"][stage] for cell in known], 0.5, 20,
+              "Slower: another program computes at the same time, or it is a slower machine")
+    return report
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", choices=PRESETS)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.error = lambda message: parser.exit(2, f"compare: {message} (--help tells more)\n")
+    parser.add_argument("preset", nargs="?", choices=PRESETS)
+    parser.add_argument("--seeds", type=int, help="default 3 for main and recipes, 2 for the others")
+    parser.add_argument("--only", default="", metavar="FLAGS", help="run only cells whose flags "
+                        "contain this, for example '--backbone mlp'")
     parser.add_argument("--list", action="store_true", help="print the missing runs' commands")
     parser.add_argument("--collect", action="store_true", help="run nothing")
-    arguments = parser.parse_args()
-    missing = [command for _, folder, command in runs(arguments.preset, arguments.seeds)
-               if not (folder / "summary.json").exists()]
-    if arguments.list:
-        print("\n".join(f"python {command}" for command in missing))
+    parser.add_argument("--check", type=Path, metavar="RUN", help="compare a run's folder with the "
+                        "committed results")
+    options = parser.parse_args()
+    if options.check:
+        try:
+            print("\n".join(check(options.check)))
+        except ValueError as error:
+            parser.error(error)
         return
-    for command in [] if arguments.collect else tqdm(missing, desc=arguments.preset, unit="run"):
-        subprocess.run([sys.executable, *shlex.split(command)], check=True)
-    cells = collect(arguments.preset, arguments.seeds)
+    if not options.preset:
+        parser.error(f"which question? {', '.join(PRESETS)}")
+    preset = PRESETS[options.preset]
+    seeds = options.seeds or preset.seeds
+    missing = [(folder, command) for _, folder, command in runs(preset, seeds, options.only)
+               if not (folder / "summary.json").exists()]
+    if options.list:
+        print("\n".join(f"python {command}" for _, command in missing))
+        return
+    if not options.collect:
+        print(f"{len(missing)} runs to go, {'about 9' if preset.task == 'full' else '5 or more'} "
+              "minutes each on 2 cores; interrupt and call again as you like")
+        for folder, command in tqdm(missing, desc=options.preset, unit="run"):
+            resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
+            done = subprocess.run([sys.executable, *shlex.split(command), *resume])
+            if done.returncode:
+                sys.exit(f"compare: this run failed, see above: python {command}")
+    cells = collect(preset, seeds)
     if not cells:
-        parser.exit(2, "no finished run to collect\n")
-    stem = HERE / arguments.preset
-    stem.with_suffix(".json").write_text(json.dumps({"cells": cells}, indent=1) + "\n")
-    draw(cells, stem.with_suffix(".png"))
-    readme = HERE.parent / "README.md"
-    before, shown, after = split_at_markers(readme.read_text(), arguments.preset)
-    readme.write_text(before + table(cells) + after)
-    print(table(cells))
+        parser.error("no finished run to collect")
+    publish(options.preset, cells)
 
 
 if __name__ == "__main__":

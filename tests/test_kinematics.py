@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from kinematics import BOARD, Motion, PlanarArm, load_demonstrations, motion_statistics
+from kinematics import (BOARD, MOTIONS, Motion, PlanarArm, load_demonstrations,
+                        motion_statistics)
 
 QUARTER = math.pi / 2
 
@@ -89,6 +90,17 @@ def test_forward_takes_a_single_pose_and_keeps_dtype(arm):
 
 
 # Windows -----------------------------------------------------------------------------------------
+
+def test_inverse_reaches_every_point_of_the_board_without_jumps(arm):
+    across = torch.linspace(0, BOARD, 80, dtype=torch.float64)
+    points = torch.stack(torch.meshgrid(across, across, indexing="ij"), -1)
+    angles = arm.inverse(points)
+    reached = complex_forward(angles.numpy(), arm.link_lengths, arm.base)
+    np.testing.assert_allclose(reached, points, atol=1e-6)
+    spacing = BOARD / 79
+    steps = torch.cat([angles.diff(dim=axis).abs().flatten() for axis in (0, 1)])
+    assert steps.max() < 0.05 * spacing        # rad: at most 0.05 a px, for the nearest joint is near
+
 
 @pytest.mark.parametrize("batch, horizon", [(1, 2), (5, 18), (300, 64)])
 def test_windows_have_the_shape_asked_for(arm, batch, horizon):
@@ -181,6 +193,15 @@ def test_motion_settings_reach_the_windows():
     only_travel = Motion(stand=0.0, push=0.0, travel_speed=(10.0, 10.0), stroke_steps=1e9, bend=0.0)
     step = PlanarArm(motion=only_travel).sample_windows(512, 16, seeded())[1].diff(dim=1)
     assert step.norm(dim=-1).median().item() == pytest.approx(10, abs=0.3)
+
+
+def test_the_other_motions_are_too_fast_and_without_pauses():
+    speed = {}
+    for name, motion in MOTIONS.items():
+        _, positions = PlanarArm(motion=motion).sample_windows(2000, 16, seeded())
+        speed[name] = np.linalg.norm(np.diff(positions.numpy(), axis=1), axis=-1)
+    assert np.median(speed["fast"]) > 3 * np.median(speed["arm"])
+    assert np.mean(speed["arm"] < 1) > 0.08 and np.mean(speed["smooth"] < 1) < 0.02
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

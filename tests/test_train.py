@@ -96,6 +96,68 @@ def test_equal_widths_in_both_stages_freeze_nothing_more():
     assert changed == {f"conditioning.{name}" for name, _ in stage2.named_parameters()}
 
 
+@pytest.mark.parametrize("flags, frozen, moved", [
+    (["--decoupled"], {"backbone"}, {"conditioning"}),
+    (["--random-backbone"], {"backbone"}, {"conditioning"}),
+    (["--pretrained"], set(), {"backbone", "conditioning"}),
+    (["--conditioning", "cross-attention", "--decoupled", "--train-key-values"],
+     {"backbone"}, {"conditioning", "key_value"})])
+def test_each_recipe_trains_in_stage_2_what_it_says(flags, frozen, moved, demos, tmp_path, monkeypatch):
+    """Weights when stage 2 begins against weights at the end, by the part that they belong to."""
+    begun, original = {}, train.fit
+
+    def fit(stage, policy, *rest):
+        begun[stage] = {name: value.clone() for name, value in policy.state_dict().items()}
+        original(stage, policy, *rest)
+
+    monkeypatch.setattr(train, "fit", fit)
+    backbone = "transformer" if "--train-key-values" in flags else "mlp"
+    summary = run_main(*tiny(demos, tmp_path / "run", "--backbone", backbone, *flags))
+    after = DiffusionPolicy.load(tmp_path / "run" / "policy.pt").state_dict()
+    changed = {name for name, value in begun["stage2"].items() if not torch.equal(value, after[name])}
+    parameters = {name for name, _ in DiffusionPolicy.load(
+        tmp_path / "run" / "policy.pt").named_parameters()}
+    part = lambda name: "key_value" if "cross_attention.key_value" in name and "key_value" in moved \
+        else name.split(".")[0]
+    assert {part(name) for name in changed} == moved
+    assert {part(name) for name in parameters - changed} == frozen
+    sizes = {name: after[name].numel() for name in parameters}
+    assert summary["parameters"]["frozen"] == sum(sizes[name] for name in parameters - changed)
+    assert ("stage1" in begun) == ("--random-backbone" not in flags)
+    if "stage1" in begun:     # stage 2 goes on from what stage 1 left, not from a fresh backbone
+        assert any(not torch.equal(value, begun["stage1"][name]) for name, value in
+                   begun["stage2"].items() if name.startswith("backbone."))
+
+
+@pytest.mark.parametrize("flags", [
+    ["--pretrain-data", "demonstrations"], ["--pretrain-data", "fast"],
+    ["--pretrain-condition", "pose", "--pretrain-tokens", "2"],
+    ["--width", "32", "--depth", "1"]], ids=" ".join)
+def test_variants_of_stage_1_and_of_the_size_run_and_load(flags, demos, tmp_path):
+    run_main(*tiny(demos, tmp_path / "run", "--decoupled", *flags))
+    policy = DiffusionPolicy.load(tmp_path / "run" / "policy.pt")
+    assert policy.act(torch.full((1, 2, 5), 200.0)).isfinite().all()
+    assert len(policy.backbone.blocks) == (1 if "--depth" in flags else 4)
+
+
+def test_the_demonstrations_own_motion_is_the_agents_path(demos):
+    """Stage 1 from demonstrations: positions are the agent's, two steps ahead, within an episode."""
+    demonstrations = sim_pusht.load_demonstrations(demos)
+    config, _ = train.parse(["--pretrain-data", "demonstrations", "--batch-size", "300",
+                             "--device", "cpu"])
+    angles, positions, present = train.kinematic_batches(demonstrations, config,
+                                                         torch.device("cpu"))()
+    agents = torch.as_tensor(demonstrations["state"][:, :2], dtype=torch.float32)
+    torch.testing.assert_close(train.PlanarArm().forward(angles), positions, atol=1e-2, rtol=0)
+    frame = (agents[:, None] == present).all(-1).int().argmax(0)      # the frame that is present
+    for b in range(300):
+        first = frame[b].item() - 1 if frame[b] not in (0, 25) else frame[b].item()
+        last = 24 if frame[b] < 25 else 59
+        expected = [min(first + 2 + step, last) for step in range(16)]
+        if frame[b] not in (24, 59, 0, 25):       # where repeated edges make the present ambiguous
+            assert torch.equal(positions[b], agents[expected])
+
+
 # The windows -------------------------------------------------------------------------------------
 
 def test_windows_stay_in_their_episode_and_start_one_step_before_the_present():
@@ -197,6 +259,10 @@ def test_bad_flags(capsys, demos, tmp_path):
     assert "'vae'" in refused(capsys, "--backbone", "vae")
     assert "-3" in refused(capsys, "--steps=-3")
     assert "nan" in refused(capsys, "--learning-rate", "nan")
+    assert "cross-attention" in refused(capsys, "--train-key-values", "--decoupled")
+    assert "multiple of" in refused(capsys, *tiny(demos, tmp_path / "run", "--width", 33))
+    assert "'unet'" in refused(capsys, *tiny(demos, tmp_path / "run", "--backbone", "unet",
+                                             "--depth", 2))
     line = refused(capsys, *tiny(demos, tmp_path / "run", "--executed-actions", 16))
     assert "16" in line and "15" in line
     if not torch.cuda.is_available():
