@@ -100,7 +100,7 @@ def block_coverage(pose, goal=GOAL):
     for t0, t1 in (start, enter), (enter, leave), (leave, end):
         height = np.clip(corner.imag + (t0 + t1) / 2 * edge.imag, top, bottom) - top
         area = area - height * (t1 - t0)
-    return (area * edge.real).sum((-2, -1)) / 6300  # of the block's area
+    return np.maximum((area * edge.real).sum((-2, -1)), 0) / 6300  # of the block's area
 
 
 # Physics -----------------------------------------------------------------------------------------
@@ -378,27 +378,28 @@ class World:
         half[:, :, :2] = HALF_LONG * cos + HALF_WIDE * sin, HALF_LONG * sin + HALF_WIDE * cos
         box = np.concatenate([middle - half, -middle - half])
         envs, time = np.arange(len(self.clock))[rows], np.arange(until)[:, None]
-        left = (self.boxes[:, None, :, rows] > box).any(0)
-        left &= (self.clock[rows] + time)[:, None] > self.moved[:, rows]  # and not seen before
-        while np.count_nonzero(left):  # one event of each environment in turn
-            column = np.flatnonzero(left.any((0, 1)))
-            substep, leaf = np.divmod(left[:, :, column].reshape(3 * until, -1).argmax(0), 3)
+        out = (self.boxes[:, None, :, rows] > box).any(0)
+        out &= (self.clock[rows] + time)[:, None] > self.moved[:, rows]  # since it changed
+        while np.count_nonzero(out):  # one event of each environment in turn
+            column = np.flatnonzero(out.any((0, 1)))
+            substep, leaf = np.divmod(out[:, :, column].reshape(3 * until, -1).argmax(0), 3)
             env, new = envs[column], box[:, substep, leaf, column]
             speed = self.motion[np.where(leaf == 2, 4, 3), substep, env]
             ahead, margin = 0.1 / DT * as_floats(speed).T, -0.1 * (new[:2] + new[2:])
             new[:2] -= np.maximum(margin, -ahead)
             new[2:] -= np.maximum(margin, ahead)
             self.boxes[:, leaf, env], self.moved[leaf, env] = new, self.clock[env] + substep
-            # Of the other two, in their order, the leaf joins that by which the tree genv less.
+            # Of the other two, in their order, the leaf joins that by which the tree grows less.
             order = self.rank[:, env].argsort(0).T
             others = order[order != leaf[:, None]].reshape(-1, 2).T
             old, new = self.boxes[:, others, env], new[:, None]
-            both, other = ((box[:2] + box[2:]).prod(0) for box in (np.minimum(old, new), old))
+            both, other = ((left + right) * (top + bottom)
+                           for left, top, right, bottom in (np.minimum(old, new), old))
             grown = both + other[::-1]
             away = np.abs(old[:2] - old[2:] - new[:2] + new[2:]).sum(0)
             less = np.where(grown[0] == grown[1], away[1] < away[0], grown[1] < grown[0])
             self.rank[leaf, env], self.rank[others, env] = less, (1 - less, 2 + 0 * less)
-            left[:, leaf, column] = (time > substep) & (new > box[:, :, leaf, column]).any(0)
+            out[:, leaf, column] = (time > substep) & (new > box[:, :, leaf, column]).any(0)
 
 
 # Environment -------------------------------------------------------------------------------------
@@ -490,7 +491,7 @@ class PushT:
     def block_pose(self):
         """(B, 3): x, y [px] and angle [rad] of the block; the angle is not wrapped."""
         center, angle = self._world.center, self._world.angle
-        return np.column_stack([as_floats(center - CENTER * np.exp(1j * angle)), angle])
+        return np.concatenate([as_floats(center - CENTER * np.exp(1j * angle)), angle[:, None]], 1)
 
     def coverage(self):
         """(B,) share of the goal that the block covers now."""
@@ -514,6 +515,32 @@ class PushT:
         self._world, self._coverage = self._world.part(np.flatnonzero(mask)), self._coverage[mask]
         self.steps, self.max_coverage = self.steps[mask], self.max_coverage[mask]
         self.num_envs = len(self.steps)
+
+
+def play(env, act, history=1):
+    """Let a policy act in all environments at once, each until success or for env.max_steps.
+
+    act: the last states (B, history, 5) -> the next targets (B, K, 2) px, all K to be carried out.
+    Returns arrays: max_coverage and final_coverage (B,), length (B,) in control steps, and states
+    (longest + 1, B, 5). Plays on from the state that `env` is in.
+    """
+    states, coverage = [env.state()], [env.coverage()]
+    with tqdm(total=env.max_steps, desc="playing", mininterval=1) as bar:
+        while len(states) <= env.max_steps and (env.max_coverage <= env.success_threshold).any():
+            past = [states[max(0, len(states) - back)] for back in range(history, 0, -1)]
+            chunk = act(np.stack(past, 1)).swapaxes(0, 1)[:env.max_steps + 1 - len(states)]
+            for targets in chunk:
+                env.step(targets)
+                states.append(env.state())
+                coverage.append(env.coverage())
+            success = (env.max_coverage > env.success_threshold).mean()
+            bar.set_postfix(success=f"{success:.2f}", refresh=False)
+            bar.update(len(chunk))
+    coverage, every = np.stack(coverage), np.arange(env.num_envs)
+    succeeded = coverage > env.success_threshold
+    length = np.where(succeeded.any(0), succeeded.argmax(0), len(coverage) - 1)
+    return dict(max_coverage=np.maximum.accumulate(coverage)[length, every],
+                final_coverage=coverage[length, every], length=length, states=np.stack(states))
 
 
 # Picture -----------------------------------------------------------------------------------------
@@ -667,6 +694,7 @@ CLEARANCE = 10.0  # px between agent and block while travelling: small errors mu
 FORBIDDEN = 1e4  # px, the cost of a way that cannot be gone
 # Demonstrations: the noise (px, standard deviation) is dealt out evenly over the episodes.
 NOISE, CLOSE_SHARE, STOP_COVERAGE = (0.0, 0.8, 1.5), 0.3, 0.965
+WIDE_SHARE = 0.25  # of the near task's demonstrations, these start anywhere
 
 _SPREAD = KEYPOINTS.var(0).sum()  # px^2: a turn by psi moves the corners sqrt(_SPREAD) psi (RMS)
 _FACES = [(-52, 52, 7, 1j), (-8 + 120j, 8 + 120j, 3, -1j),  # first, last contact, number, normal
@@ -788,18 +816,15 @@ def expert_action(state):
     local = (state[:, :2] @ [1, 1j] - center) / rotation  # the agent
     error = (center - complex(*GOAL[:2])) / goal_rotation - CENTER
     turn = rotation / goal_rotation
-
-    def off_board(points):
-        world = as_floats(center[:, None] + rotation[:, None] * points)
-        return FORBIDDEN * (np.abs(world - BOARD / 2).max(-1) > 253)
-
+    places = as_floats(center[:, None] + rotation[:, None] * np.concatenate([_NODES, _CONTACT]))
+    off_board = FORBIDDEN * (np.abs(places - BOARD / 2).max(-1) > 253)
     offset = local[:, None] - _CONTACT
     gap, aside = -dot(_NORMAL, offset), np.abs(cross(_NORMAL, offset))
     in_lane = (gap > -4) & (gap < CLEARANCE + 1) & (aside < 4 + 0.6 * np.maximum(gap, 0))
     start = _outside(local)
-    direct, by_ring, to_node, sense = _ways(start, off_board(_NODES))
+    direct, by_ring, to_node, sense = _ways(start, off_board[:, :6])
     way = np.abs(start - local)[:, None] + np.minimum(direct, by_ring) + CLEARANCE
-    travel = np.where(in_lane, np.abs(gap) + aside, way) + off_board(_CONTACT)
+    travel = np.where(in_lane, np.abs(gap) + aside, way) + off_board[:, 6:]
 
     k = _plan(error, turn, travel)
     in_lane, gap, aside, way, direct, by_ring = (
@@ -841,6 +866,9 @@ def expert_demonstrations(count, task="full", seed=0):
             number = count - len(episodes)
             env = PushT(number, task)
             start = np.array([START[task](rng) for _ in range(number)])
+            if task == "near":  # a policy that loses the block must find the way back
+                for i in np.flatnonzero(rng.random(number) < WIDE_SHARE):
+                    start[i] = start_full(rng)
             for i in np.flatnonzero(rng.random(number) < CLOSE_SHARE):
                 start[i] = start_near(rng)
                 move = (np.exp(rng.uniform(np.log(0.08), 0)) - 1) * (start[i, 2:] - GOAL)
@@ -965,7 +993,7 @@ class Game:
 
     def draw(self, text):
         self.image.set_data(self.env.render(512)[0])
-        self.axis.set_title(f"{text}\n{len(self.data['episode_ends'])} episodes in {self.path}; "
+        self.axis.set_title(f"{text}\n{len(self.data['episode_ends'])} kept in {self.path}; "
                             "keys: k keep, r restart, q quit", fontsize=9)
         self.image.figure.canvas.draw_idle()
 
@@ -973,18 +1001,16 @@ class Game:
 def lesson(folder, task):
     """Play the expert on eight scenes, print what happens, save a picture and a GIF."""
     env = PushT(8, task)
-    states, lengths = [env.reset(0)], np.full(8, env.max_steps)
-    print(f"8 scenes of task {task!r}; the state {states[0].shape} is agent x, y, block x, y and "
-          f"angle.\nScene 0: {np.round(states[0][0], 2)}, coverage {env.coverage()[0]:.3f}")
-    while len(states) <= lengths.max():  # the longest rollout goes on
-        state, _, terminated, _, info = env.step(expert_action(states[-1]))
-        lengths[terminated] = np.minimum(lengths[terminated], len(states))
-        if len(states) % 25 == 0:
-            print(f"step {len(states):3d}: coverage {np.round(info['coverage'], 2)}")
-        states.append(state)
-    print(f"coverage above {env.success_threshold} in {(lengths < env.max_steps).sum()} of 8 "
-          f"scenes, after {lengths.mean():.0f} steps in the mean")
-    draw_rollouts(np.stack(states), lengths, folder)
+    state = env.reset(0)
+    print(f"8 scenes of task {task!r}; the state {state.shape} is agent x, y, block x, y and angle.\n"
+          f"Scene 0: {np.round(state[0], 2)}, coverage {env.coverage()[0]:.3f}")
+    result = play(env, lambda past: expert_action(past[:, -1])[:, None])
+    for step, states in list(enumerate(result["states"]))[::25]:
+        print(f"step {step:3d}: coverage {np.round(block_coverage(states[:, 2:]), 2)}")
+    success = result["max_coverage"] > env.success_threshold
+    print(f"coverage above {env.success_threshold} in {success.sum()} of 8 scenes, after "
+          f"{result['length'].mean():.0f} steps in the mean")
+    draw_rollouts(result["states"], result["length"], folder)
     print(f"saved {folder}/rollouts.png and {folder}/rollout.gif")
 
 

@@ -134,8 +134,9 @@ def fit(stage, policy, trained, next_batch, config, run):
             if step % config.log_every == 0 or step == steps or interrupts:
                 mean, total, logged = float(total) / logged, 0.0, 0   # a read waits for the GPU
                 if not math.isfinite(mean):
-                    raise ArithmeticError(f"the loss became {mean} in {stage}, update {step}; try a lower "
-                                    f"--learning-rate than {config.learning_rate:g}")
+                    raise ArithmeticError(f"the loss became {mean} in {stage}, update {step}; try "
+                                          "a lower --learning-rate than "
+                                          f"{config.learning_rate:g}")
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
                 run.seconds[stage] = time.perf_counter() - start
                 run.log(stage, step, mean, schedule.get_last_lr()[0])
@@ -232,30 +233,12 @@ def get_demonstrations(config):
 # Evaluation --------------------------------------------------------------------------------------
 
 def evaluate(policy, task, episodes, max_steps=300):
-    """Play unseen scenes, all at once, each until coverage > 0.95 or for max_steps.
-
-    Returns arrays: max_coverage, final_coverage and length (episodes,), the latter in control
-    steps, and states (longest + 1, episodes, 5).
-    """
-    env = sim_pusht.PushT(episodes, task)
-    states, coverage = [env.reset(EVALUATION_SEED)], [env.coverage()]
+    """Play unseen scenes, each until coverage > 0.95 or for max_steps: see sim_pusht.play."""
+    env = sim_pusht.PushT(episodes, task, max_steps=max_steps)
+    env.reset(EVALUATION_SEED)
     generator = torch.Generator(policy.action_scale.device).manual_seed(EVALUATION_SEED)
-    with tqdm(total=max_steps, desc="evaluation", mininterval=1) as bar:
-        while len(states) <= max_steps and (env.max_coverage <= env.success_threshold).any():
-            past = [states[max(0, len(states) - back)] for back in range(policy.obs_steps, 0, -1)]
-            chunk = policy.act(np.stack(past, axis=1), generator).cpu().numpy()
-            for targets in chunk.swapaxes(0, 1)[:max_steps + 1 - len(states)]:
-                states.append(env.step(targets)[0])
-                coverage.append(env.coverage())
-                bar.update()
-            success = env.max_coverage > env.success_threshold
-            bar.set_postfix(success=f"{success.mean():.2f}", refresh=False)
-    coverage = np.stack(coverage)
-    succeeded, every = coverage > env.success_threshold, np.arange(episodes)
-    length = np.where(succeeded.any(0), succeeded.argmax(0), len(coverage) - 1)
-    best = np.maximum.accumulate(coverage)[length, every]
-    return dict(max_coverage=best, final_coverage=coverage[length, every], length=length,
-                states=np.stack(states))
+    return sim_pusht.play(env, lambda past: policy.act(past, generator).cpu().numpy(),
+                          policy.obs_steps)
 
 
 def scores(result):
