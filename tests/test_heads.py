@@ -104,13 +104,22 @@ REFERENCE_SIZES = {"DP-MLP": dict(width=16, hidden=32, depth=2),
 REFERENCE_SIZES["DP-T-FiLM"] = REFERENCE_SIZES["DP-T"]
 
 
+def weight_and_bias(module):
+    """A module's tensors; a convolution's taps as nn.Conv1d keeps them."""
+    for part in module.modules():
+        if isinstance(part, heads.Conv):
+            yield from (torch.stack([*part.taps], -1), part.bias)
+        elif not list(part.children()) and not isinstance(part, torch.nn.ParameterList):
+            yield from part.parameters(recurse=False)
+
+
 def unet_tensors(backbone):
     for module in [m for level in backbone.down for m in level] + [*backbone.middle] \
             + [m for level in backbone.up for m in level]:
         parts = ([module.conv1, module.norm1, module.conv2, module.norm2, module.shortcut]
                  if isinstance(module, heads.UNetBlock) else [module])
-        yield from (p for part in parts for p in part.parameters())
-    yield from backbone.output.parameters()
+        yield from (p for part in parts for p in weight_and_bias(part))
+    yield from weight_and_bias(backbone.output)
 
 
 def attention_tensors(attention):
@@ -179,14 +188,14 @@ def test_same_function_as_the_libraries_modules(head):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("kernel, stride, length", [(5, 1, 4), (5, 1, 16), (3, 2, 8), (1, 1, 4)])
 def test_convolution_and_its_gradients_equal_conv1d(kernel, stride, length, frozen):
-    conv = heads.Conv(6, 8, kernel, stride=stride, padding=kernel // 2).double()
+    conv = heads.Conv(6, 8, kernel, stride=stride).double()
     conv.requires_grad_(not frozen)
-    x = torch.randn(3, 6, length, dtype=torch.double, requires_grad=True)
+    x = torch.randn(3, length, 6, dtype=torch.double, requires_grad=True)
     out = conv(x)
-    expected = F.conv1d(x, conv.weight, conv.bias, stride, kernel // 2)
+    expected = F.conv1d(x.mT, torch.stack([*conv.taps], -1), conv.bias, stride, kernel // 2).mT
     torch.testing.assert_close(out, expected)
     weights = torch.randn_like(out)
-    tensors = [x] if frozen else [x, conv.weight, conv.bias]
+    tensors = [x] if frozen else [x, *conv.taps, conv.bias]
     for ours, theirs in zip(torch.autograd.grad((out * weights).sum(), tensors),
                             torch.autograd.grad((expected * weights).sum(), tensors)):
         torch.testing.assert_close(ours, theirs)
