@@ -306,9 +306,9 @@ def closed_form_denoiser(ddpm: DDPM, means, std: float):
 
 
 def lesson(out: Path):
+    """Print the schedule and two demonstrations, save out/diffusion.png."""
     import matplotlib.pyplot as plt
 
-    """Print the schedule and two demonstrations, save out/diffusion.png."""
     generator = torch.Generator().manual_seed(0)
     ddpm, shown = DDPM(), [0, 10, 25, 45, 70, 99]
     print("1. The schedule: noisy_actions = signal * actions + noise * N(0, 1)\n"

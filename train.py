@@ -53,7 +53,7 @@ SETTINGS = {
                    betas=(0.9, 0.98), clip_norm=0.2, ema_decay=0.995, sampling_steps=10,
                    stage1_steps=2500, steps={"full": 10000, "near": 8000},
                    num_demos={"full": 2000, "near": 1500}, log_every=100, checkpoint_every=2000,
-                   minutes={"full": "9 minutes on 2 cores", "near": "5 minutes on 2 cores"}),
+                   minutes={"full": "7 minutes on 2 cores", "near": "6 minutes on 2 cores"}),
     "paper": dict(batch_size=64, noise_samples=1, loss_steps=None, learning_rate=1e-4, warmup=500,
                   betas=(0.95, 0.999), clip_norm=math.inf, ema_decay=0.9999, sampling_steps=None,
                   stage1_steps=45000, steps=83000, num_demos={"full": 2000, "near": 1500},
@@ -504,16 +504,17 @@ def main(arguments=None):
               f"{len(demonstrations['episode_ends']):,} demonstrations of "
               f"{len(demonstrations['state']):,} steps. {config.scale.capitalize()} scale, on "
               f"{config.device} with {torch.get_num_threads()} thread(s): about {config.minutes}.")
-        try:
+    try:
+        if not config.evaluate:
             policy = train_policy(config, run, demonstrations, torch.device(config.device))
-        except ArithmeticError as error:
-            sys.exit(f"train.py: {error}")     # exit code 1
-        except KeyboardInterrupt:
-            again = config.command if config.resume else f"{config.command} --resume"
-            sys.exit(f"\ninterrupted; go on with: {again}")
-        policy.save(folder / "policy.pt")
-        draw_curves(run.rows, folder / "curves.png")
-    summary = summarise(policy, config, folder, seconds)
+            policy.save(folder / "policy.pt")
+            draw_curves(run.rows, folder / "curves.png")
+        summary = summarise(policy, config, folder, seconds)
+    except ArithmeticError as error:
+        sys.exit(f"train.py: {error}")     # exit code 1
+    except KeyboardInterrupt:
+        again = "" if config.resume or config.evaluate else " --resume"
+        sys.exit(f"\ninterrupted; go on with: {config.command}{again}")
 
     line = lambda values, form: ", ".join(f"{key} {value:{form}}" for key, value in values.items())
     print(f"\nscore    {summary['score']:.3f} +- {summary['score_se']:.3f}  mean of max coverage / "
