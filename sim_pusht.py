@@ -637,7 +637,7 @@ class Painter:
 def draw_states(states, size=96):
     """Pictures of states (..., 5) as gym-pusht draws them: (..., size, size, 3) uint8 RGB."""
     states = np.asarray(states, float)
-    chunks = np.split(states.reshape(-1, 5), range(64, states.size // 5, 64))  # fit into the cache
+    chunks = np.split(states.reshape(-1, 5), range(16, states.size // 5, 16))  # fit into the cache
     images = np.concatenate([Painter(size).draw(chunk) for chunk in chunks])
     return images.reshape(*states.shape[:-1], size, size, 3)
 

@@ -389,11 +389,11 @@ def parse(arguments):
     # One line instead of the whole usage text.
     parser.error = lambda message: parser.exit(2, f"train.py: {message} (--help tells more)\n")
 
-    flag = parser.add_argument_group("the recipe").add_argument
+    group = parser.add_argument_group("the recipe")
+    flag, recipe = group.add_argument, group.add_mutually_exclusive_group().add_argument
     flag("--backbone", default="mlp", choices=sorted({name for name, _ in SIZES}))
     flag("--conditioning", default="film", choices=MECHANISMS, help="how the backbone takes its "
          "condition; default film")
-    recipe = parser.add_mutually_exclusive_group().add_argument
     recipe("--decoupled", dest="recipe", action="store_const", const="decoupled", default="normal",
            help="pretrain the backbone on free kinematic data, freeze it, train the conditioning; "
            "default: train everything at once, on demonstrations")

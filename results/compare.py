@@ -139,8 +139,14 @@ def collect(preset, seeds):
 
 
 def spread(values):
-    """Mean and its standard error over seeds; of one seed, not known."""
-    return np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    """Mean and its standard error over seeds; the latter is None for one seed."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+    return np.mean(values), error
+
+
+def shown(values):
+    mean, error = spread(values)
+    return f"{mean:.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
 def groups(cells):
@@ -158,9 +164,8 @@ def table(name, cells):
     for label, group in groups(cells).items():
         success, score = ([cell[key] for cell in group] for key in ("success_rate", "score"))
         trained, frozen = (group[0]["parameters"][key] / 1e6 for key in ("trained", "frozen"))
-        columns = [label, "{:.3f} ± {:.3f}".format(*spread(success)),
-                   " ".join(f"{value:.3f}" for value in success),
-                   "{:.3f} ± {:.3f}".format(*spread(score)), f"{trained:.2f}M / {frozen:.2f}M"]
+        columns = [label, shown(success), " ".join(f"{value:.3f}" for value in success),
+                   shown(score), f"{trained:.2f}M / {frozen:.2f}M"]
         lines.append("| " + " | ".join(columns + ([paper.get(label, "-")] if paper else [])) + " |")
     return "\n".join(lines) + "\n"
 
@@ -208,7 +213,7 @@ def publish(name, cells):
     (HERE / f"{name}.md").write_text(table(name, cells))
     draw(name, cells, HERE / f"{name}.png")
     readme = ROOT / "README.md"
-    before, shown, after = split_at_markers(readme.read_text(), name)
+    before, _, after = split_at_markers(readme.read_text(), name)
     if after:
         readme.write_text(before + table(name, cells) + after)
     print(table(name, cells))

@@ -23,6 +23,18 @@ def test_every_result_file_has_its_table_in_the_readme():
     assert files and files == set(re.findall(r"<!-- /(\w+) -->", README))
 
 
+@pytest.mark.parametrize("preset, place", [("main", slice(0, 2)), ("recipes", slice(2, 4))])
+def test_what_to_expect_is_the_range_over_the_committed_seeds(preset, place):
+    """The quick start names four ranges: score and success of task full, then of task near."""
+    text = " ".join(README.split("## Quick start")[1].split("## ")[0].split())
+    ranges = [tuple(map(float, found)) for found in re.findall(r"(0\.\d+) to ([01]\.\d+)", text)]
+    cells = json.loads((ROOT / "results" / f"{preset}.json").read_text())["cells"]
+    cells = [cell for cell in cells if cell["cell"] == "DP-MLP, decoupled"]
+    expected = [(round(min(values), 3), round(max(values), 3)) for values in (
+        [cell[key] for cell in cells] for key in ("score", "success_rate"))]
+    assert len(cells) == 3 and ranges[place] == expected
+
+
 def test_line_counts_are_within_ten_per_cent():
     rows = re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", README, re.MULTILINE)
     assert {name for name, _ in rows} == {path.name for path in ROOT.glob("*.py")}
