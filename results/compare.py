@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import train
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
@@ -219,6 +221,14 @@ def publish(name, cells):
     print(table(name, cells))
 
 
+def settings(run):
+    """All that a run's command sets or leaves at its default, but for the seed and where it ran."""
+    config, _ = train.parse(shlex.split(run["command"])[2:]
+                            + ["--scale", run["scale"], "--device", "cpu"])
+    return {key: value for key, value in vars(config).items()
+            if key not in (*train.Run.MAY_DIFFER, "seed")}
+
+
 def check(folder):
     """Compare a run with the committed ones of the same kind; returns the lines to print."""
     try:
@@ -226,13 +236,11 @@ def check(folder):
         lines = curve(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} holds no finished run of train.py: {error}") from None
-    kind = "backbone", "conditioning", "recipe", "task", "scale", "parameters", "executed_actions"
-    known = [cell for file in sorted(HERE.glob("*.json"))
-             for cell in json.loads(file.read_text())["cells"]
-             if all(cell[key] == run[key] for key in kind)]
+    committed = {cell["command"]: cell for file in HERE.glob("*.json")     # presets share cells
+                 for cell in json.loads(file.read_text())["cells"]}
+    known = [cell for cell in committed.values() if settings(cell) == settings(run)]
     if not known:
-        raise ValueError("no committed run is of this kind: " +
-                         ", ".join(f"{key} {run[key]}" for key in kind[:5]))
+        raise ValueError(f"no committed run is of this kind: {run['command']}")
     report = [f"compared with {len(known)} committed runs"]
 
     def judge(what, value, band, low, high, cause):

@@ -14,9 +14,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def cell(label="a", success=0.5, **more):
-    return dict(cell=label, success_rate=success, score=0.9, backbone="mlp", conditioning="film",
-                recipe="normal", task="near", scale="laptop", executed_actions=8,
-                parameters=dict(backbone=1, conditioning=2, trained=3_000_000, frozen=0),
+    return dict(cell=label, success_rate=success, score=0.9, scale="laptop",
+                command="python train.py --task near --seed 0", parameters=dict(backbone=1, conditioning=2, trained=3_000_000, frozen=0),
                 seconds=dict(stage2=100.0), iterations_per_second=dict(stage2=20.0),
                 curve=dict(stage2=[[100 * i, 5.0 * i, 1.0 / i] for i in range(1, 21)])) | more
 
@@ -78,7 +77,9 @@ def test_collecting_reads_what_train_wrote(tmp_path, monkeypatch):
 def committed(tmp_path, monkeypatch):
     """Two committed runs, and a folder for the run to be checked."""
     monkeypatch.setattr(compare, "HERE", tmp_path)
-    (tmp_path / "source.json").write_text(json.dumps({"cells": [cell(), cell(success=0.6)]}))
+    (tmp_path / "source.json").write_text(json.dumps({"cells": [
+        cell(), cell(success=0.6, command="python train.py --task near --seed 1"),
+        cell(success=0, command="python train.py --task near --features keypoints")]}))
     folder = tmp_path / "run"
     folder.mkdir()
 
@@ -91,7 +92,9 @@ def committed(tmp_path, monkeypatch):
 
 
 def test_a_normal_run_is_ok(committed):
-    assert not [line for line in compare.check(committed()) if "OUTSIDE" in line]
+    report = compare.check(committed(command="python train.py --seed 7 --task near --backbone mlp"))
+    assert report[0] == "compared with 2 committed runs"     # of the same settings, spelt or default
+    assert not [line for line in report if "OUTSIDE" in line]
 
 
 @pytest.mark.parametrize("change, what", [
@@ -103,7 +106,7 @@ def test_what_is_not_normal_is_named(committed, change, what):
 
 
 def test_a_run_of_another_kind_or_none_is_refused(committed, tmp_path):
-    with pytest.raises(ValueError, match="no committed run.*recipe decoupled"):
-        compare.check(committed(recipe="decoupled"))
+    with pytest.raises(ValueError, match="no committed run.*--decoupled"):
+        compare.check(committed(command="python train.py --task near --decoupled"))
     with pytest.raises(ValueError, match="no finished run"):
         compare.check(tmp_path)
