@@ -191,7 +191,7 @@ class JointEncoder(nn.Module):
     The paper feeds min-max scaled joint positions; sin and cos spare the network the seam at +-pi.
     """
 
-    def __init__(self, horizon, num_joints=3):
+    def __init__(self, horizon, num_joints=3):     # 3: the links of kinematics.PlanarArm()
         super().__init__()
         self.steps, self.size = horizon, 2 * num_joints
 

@@ -114,11 +114,11 @@ class PlanarArm:
         """Inverse kinematics of three links: positions (...,2) in px -> angles (...,3) in rad.
 
         Many poses reach a point. This is the one with joint 3 held at `wrist` rad, so that links 2
-        and 3 are as one, and the elbow on one side; nearby points get nearby poses. Joint 1 may
-        leave its limits near the board's upper edge.
+        and 3 are as one, and the elbow on one side; nearby points get nearby poses. The joint
+        limits are not enforced.
         """
-        upper, *rest = self.link_lengths
-        forearm = complex(rest[0] + rest[1] * math.cos(wrist), rest[1] * math.sin(wrist))
+        upper, middle, hand = self.link_lengths
+        forearm = complex(middle + hand * math.cos(wrist), hand * math.sin(wrist))
         x, y = (positions - positions.new_tensor(self.base)).unbind(-1)
         cosine = (x ** 2 + y ** 2 - upper ** 2 - abs(forearm) ** 2) / (2 * upper * abs(forearm))
         elbow = -cosine.clamp(-1, 1).acos()      # between upper arm and forearm: law of cosines
@@ -126,16 +126,6 @@ class PlanarArm:
                                                    upper + abs(forearm) * elbow.cos())
         bend = elbow - math.atan2(forearm.imag, forearm.real)
         return torch.stack([shoulder, bend, torch.full_like(bend, wrist)], dim=-1)
-
-    def _joint_step(self, angles, displacement, damping):
-        """The smallest joint motion (...,N) that moves the end effector by displacement (...,2).
-
-        The damped pseudo-inverse J^T (J J^T + damping^2)^-1 (Nakamura & Hanafusa 1986). Without
-        damping it grows beyond bounds where the arm is stretched and cannot move along itself.
-        """
-        jacobian = self.jacobian(angles)
-        square = jacobian @ jacobian.mT + damping ** 2 * torch.eye(2, device=angles.device)
-        return (jacobian.mT @ torch.linalg.solve(square, displacement[..., None]))[..., 0]
 
     def sample_windows(self, batch: int, horizon: int, generator=None):
         """An endless stream of random motion over the board, on the generator's device.
@@ -151,9 +141,14 @@ class PlanarArm:
         drawn = batch + batch * horizon // 32 + 64
         angles = self._start_angles(drawn, generator)
         path = self._paths(self.forward(angles), horizon, generator)
-        trajectory = [angles]
-        for displacement in path.diff(dim=1).unbind(1):
-            angles = angles + self._joint_step(angles, displacement, DAMPING)
+        trajectory, damping = [angles], DAMPING ** 2 * torch.eye(2, device=angles.device)
+        for velocity in path.diff(dim=1)[..., None].unbind(1):
+            # The smallest joint motion that gives this velocity: the damped pseudo-inverse
+            # J^T (J J^T + damping^2)^-1 (Nakamura & Hanafusa 1986). Without damping joint speeds
+            # grow without bound where the arm is stretched out and cannot move along itself.
+            jacobian = self.jacobian(angles)
+            square = jacobian @ jacobian.mT + damping
+            angles = angles + (jacobian.mT @ torch.linalg.solve(square, velocity))[..., 0]
             trajectory.append(angles)
         angles = torch.stack(trajectory, dim=1)
         positions = self.forward(angles)

@@ -125,8 +125,8 @@ WALL_NORMALS = np.repeat([1, 1j, -1, -1j], 4)[:, None]  # inward
 WALL_LEVELS = MIDDLE * dot(WALL_NORMALS, 1 + 1j) - FREE  # normal . x at the face
 WALL_CENTERS, WALL_HALF_LENGTH = MIDDLE * cross(WALL_NORMALS, 1 + 1j), 250.5
 _edge = (np.arange(4) - np.arange(4)[:, None]) % 4  # facing wall w after q quarter turns, [q, w]
-FACING_ENDS = ((_edge[..., None, None] - [0, 1]) % 4 + [[0], [4]]).reshape(4, 16).T
-FACING_ENDS = np.concatenate([np.full((2, 4), -1), FACING_ENDS])  # -1: the agent's
+_ends = ((_edge[..., None, None] - [0, 1]) % 4 + [[0], [4]]).reshape(4, 16).T  # corners, [i, q]
+FACING_ENDS = np.concatenate([np.full((2, 4), -1), _ends])  # -1: the agent's two places
 PARTNER = np.r_[0, 1, np.arange(2, 18) ^ 1]  # the other end of the edge
 
 # Leaves of the broad phase: bar, stem, agent. Their boxes are (left, top, -right, -bottom), so that
@@ -164,7 +164,7 @@ def wall_contacts(center, angle, rotation):
 
     A wall touches the ends of the edge that faces it, or what is left of the edge where it sticks
     out past the wall's own ends (cpCollision.c ContactPoints). Returns the corners' indices 0..7,
-    (16, n), and five (16, n) arrays as `solve_contacts` takes them first.
+    (18, n), -1 for the agent's, and five (16, n) arrays as `solve_contacts` takes them first.
     """
     ends = FACING_ENDS[:, np.rint(angle / (np.pi / 2)).astype(int) % 4]
     arm = CORNERS[ends[2:]] * rotation

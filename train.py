@@ -53,7 +53,7 @@ SETTINGS = {
                    betas=(0.9, 0.98), clip_norm=0.2, ema_decay=0.995, sampling_steps=10,
                    stage1_steps=2500, steps={"full": 10000, "near": 8000},
                    num_demos={"full": 2000, "near": 1500}, log_every=100, checkpoint_every=2000,
-                   minutes={"full": "7 minutes on 2 cores", "near": "6 minutes on 2 cores"}),
+                   minutes={"full": "7 minutes on 2 cores", "near": "5 minutes on 2 cores"}),
     "paper": dict(batch_size=64, noise_samples=1, loss_steps=None, learning_rate=1e-4, warmup=500,
                   betas=(0.95, 0.999), clip_norm=math.inf, ema_decay=0.9999, sampling_steps=None,
                   stage1_steps=45000, steps=83000, num_demos={"full": 2000, "near": 1500},

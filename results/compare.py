@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 import train
+from film import MECHANISMS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -43,7 +44,6 @@ RECIPES = {"normal": "", "decoupled": "--decoupled", "random frozen": "--random-
 HEADS = {"DP-MLP": "--backbone mlp", "DP-C": "--backbone unet",
          "DP-T, cross-attention": "--backbone transformer --conditioning cross-attention",
          "DP-T, FiLM": "--backbone transformer"}
-MECHANISMS = ["film", "adaln", "adaln-zero", "adarms", "additive", "cross-attention", "prefix"]
 
 
 def both(label, flags):
@@ -297,8 +297,8 @@ def main():
         print("\n".join(f"python {command}" for _, command in missing))
         return
     if not options.collect:
-        print(f"{len(missing)} runs to go, {'about 9' if preset.task == 'full' else '5 or more'} "
-              "minutes each on 2 cores; interrupt and call again as you like")
+        print(f"{len(missing)} runs to go, about {train.SETTINGS['laptop']['minutes'][preset.task]} "
+              "each for DP-MLP, longer for the others; interrupt and call again as you like")
         for folder, command in tqdm(missing, desc=options.preset, unit="run"):
             resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
             done = subprocess.run([sys.executable, *shlex.split(command), *resume])
