@@ -525,7 +525,7 @@ def play(env, act, history=1):
     (longest + 1, B, 5). Plays on from the state that `env` is in.
     """
     states, coverage = [env.state()], [env.coverage()]
-    with tqdm(total=env.max_steps, desc="playing", mininterval=1) as bar:
+    with tqdm(total=env.max_steps, desc="playing", mininterval=1, leave=False) as bar:
         while len(states) <= env.max_steps and (env.max_coverage <= env.success_threshold).any():
             past = [states[max(0, len(states) - back)] for back in range(history, 0, -1)]
             chunk = act(np.stack(past, 1)).swapaxes(0, 1)[:env.max_steps + 1 - len(states)]

@@ -41,9 +41,12 @@ class Preset:
 
 RECIPES = {"normal": "", "decoupled": "--decoupled", "random frozen": "--random-backbone",
            "stage-1 start, nothing frozen": "--pretrained"}
-HEADS = {"DP-MLP": "--backbone mlp", "DP-C": "--backbone unet",
-         "DP-T, cross-attention": "--backbone transformer --conditioning cross-attention",
-         "DP-T, FiLM": "--backbone transformer"}
+# An update of DP-MLP predicts 128 x 2 x 4 noises (observations x draws x horizon steps), one of the
+# others 128 x 1 x 16: with half the updates, all heads learn from as many, in about the same time.
+HALF = "--stage1-steps 1250 --steps 4000"
+HEADS = {"DP-MLP": "--backbone mlp", "DP-C": f"--backbone unet {HALF}",
+         "DP-T, cross-attention": f"--backbone transformer --conditioning cross-attention {HALF}",
+         "DP-T, FiLM": f"--backbone transformer --conditioning film {HALF}"}
 
 
 def both(label, flags):
@@ -69,9 +72,10 @@ PRESETS = {
     "conditioning": Preset(
         "Which mechanism survives freezing?",
         {label: flags for name in MECHANISMS
-         for label, flags in both(name, f"--backbone transformer --conditioning {name}").items()} |
+         for label, flags in both(
+             name, f"--backbone transformer --conditioning {name} {HALF}").items()} |
         {f"cross-attention, decoupled, {name}":
-         f"--backbone transformer --conditioning cross-attention --decoupled {flags}"
+         f"--backbone transformer --conditioning cross-attention {HALF} --decoupled {flags}"
          for name, flags in {"two tokens in stage 1": "--pretrain-tokens 2",
                              "keys and values trained": "--train-key-values"}.items()},
         {f"{name}, {recipe}": value for name, *values in (
@@ -123,14 +127,16 @@ def runs(preset, seeds, only=""):
 
 
 def curve(folder, points=25):
-    """The loss of each stage at some fixed updates: stage -> [[update, seconds, loss], ...]."""
+    """Some fixed updates of each stage: stage -> [[update, seconds, loss, success or None], ...]."""
     with open(folder / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     stages = {}
     for row in rows:
         stages.setdefault(row["stage"], []).append(
-            [int(row["step"]), float(row["seconds"]), round(float(row["loss"]), 5)])
-    return {stage: line[::-(-len(line) // points)] for stage, line in stages.items()}
+            [int(row["step"]), float(row["seconds"]), round(float(row["loss"]), 5),
+             float(row["success"]) if row.get("success") else None])
+    return {stage: [row for i, row in enumerate(line) if i % -(-len(line) // points) == 0
+                    or row[3] is not None] for stage, line in stages.items()}
 
 
 def collect(preset, seeds):
@@ -250,8 +256,8 @@ def check(folder):
                       f"{min(band):.3g} to {max(band):.3g}" + ("" if inside else f". {cause}"))
 
     for stage, line in lines.items():
-        bands = [{step: loss for step, _, loss in cell["curve"].get(stage, [])} for cell in known]
-        shared = [(step, loss, band) for step, _, loss in line
+        bands = [{step: loss for step, _, loss, *_ in cell["curve"].get(stage, [])} for cell in known]
+        shared = [(step, loss, band) for step, _, loss, *_ in line
                   if len(band := [b[step] for b in bands if step in b]) == len(known)]
         for step, loss, band in (shared[len(shared) // 4::len(shared) // 4] if shared else []):
             judge(f"{stage} loss at update {step:,}", loss, band, 0.85, 1.15,

@@ -211,6 +211,20 @@ def test_smoke_learns(smoke):
         assert losses[-1] < 0.8 * losses[0], stage
 
 
+def test_playing_on_the_way_is_recorded_and_changes_nothing(smoke, demos, tmp_path, monkeypatch):
+    rows = np.genfromtxt(smoke[0] / "metrics.csv", delimiter=",", names=True, dtype=None,
+                         encoding=None)
+    played = rows[~np.isnan(rows["success"])]
+    assert list(zip(played["stage"], played["step"])) == [("stage2", 100)]
+    weights = []
+    for name, every in (("played", 10), ("not-played", 1000)):
+        monkeypatch.setitem(train.SMOKE, "log_every", 10)
+        monkeypatch.setitem(train.SMOKE, "play_every", every)
+        run_main(*tiny(demos, tmp_path / name))
+        weights.append(torch.load(tmp_path / name / "policy.pt", weights_only=True)["weights"])
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
 def test_evaluate_scores_the_saved_policy(smoke, capsys):
     summary = run_main("--evaluate", smoke[0] / "policy.pt", "--task", "near", "--episodes", 3,
                        "--executed-actions", 4, "--device", "cpu")
