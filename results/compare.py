@@ -135,8 +135,9 @@ def curve(folder, points=25):
         stages.setdefault(row["stage"], []).append(
             [int(row["step"]), float(row["seconds"]), round(float(row["loss"]), 5),
              float(row["success"]) if row.get("success") else None])
-    return {stage: [row for i, row in enumerate(line) if i % -(-len(line) // points) == 0
-                    or row[3] is not None] for stage, line in stages.items()}
+    return {stage: [row for left, row in zip(range(len(line) - 1, -1, -1), line)
+                    if left % -(-len(line) // points) == 0 or row[3] is not None]
+            for stage, line in stages.items()}
 
 
 def collect(preset, seeds):
