@@ -74,7 +74,7 @@ PRESETS = {
         {label: flags for name in MECHANISMS
          for label, flags in both(
              name, f"--backbone transformer --conditioning {name} {HALF}").items()} |
-        {f"cross-attention, decoupled, {name}":
+        {f"cross-attention, {name}, decoupled":
          f"--backbone transformer --conditioning cross-attention {HALF} --decoupled {flags}"
          for name, flags in {"two tokens in stage 1": "--pretrain-tokens 2",
                              "keys and values trained": "--train-key-values"}.items()},
@@ -187,32 +187,57 @@ def split_at_markers(text, name):
 
 
 def draw(name, cells, path):
-    """Bars of success and score with their standard errors; the loss per update and per second."""
+    """Bars of success and score with their standard errors; learning curves in stage 2.
+
+    A panel of curves for each head or mechanism: success in 50 scenes on the way, per update and per
+    second, stage 1 included (as in the paper's Figure 3, but for its running maximum).
+    """
     import matplotlib.pyplot as plt
-    labels = groups(cells)
-    figure, axes = plt.subplots(2, 2, figsize=(11, 0.42 * len(labels) + 4), layout="constrained",
-                                height_ratios=(0.42 * len(labels) + 0.6, 3.4))
-    for axis, key in zip(axes[0], ("success_rate", "score")):
-        for row, group in enumerate(labels.values()):
+    labels, panels = groups(cells), {}
+    for label in labels:
+        head = label.rpartition(", ")[0] if label.endswith(tuple(RECIPES)) else ""
+        panels.setdefault(head, []).append(label)
+    color = {label: f"C{i}" for group in panels.values() for i, label in enumerate(group)}
+    columns, bars = max(len(panels), 2), 0.3 * len(labels) + 1
+    figure = plt.figure(figsize=(3.2 * columns + 2, bars + 5.5), layout="constrained")
+    upper, lower = figure.subfigures(2, height_ratios=(bars, 5.5))
+    for axis, key in zip(upper.subplots(1, 2, sharey=True), ("success_rate", "score")):
+        for row, (label, group) in enumerate(labels.items()):
             values = [cell[key] for cell in group]
             mean, error = spread(values)
-            axis.barh(row, mean, xerr=error, color=f"C{row % 10}", alpha=0.5, capsize=3)
+            axis.barh(row, mean, xerr=error, color=color[label], alpha=0.5, capsize=3)
             axis.plot(values, [row] * len(values), "k.", ms=5)
         axis.set(xlabel=f"{key.replace('_', ' ')} (dots: seeds)", xlim=(0, 1))
+        axis.set_yticks(range(len(labels)), labels)
         axis.grid(axis="x", alpha=0.3)
-        axis.set_yticks(range(len(labels)), labels if axis is axes[0, 0] else [])
-        axis.invert_yaxis()
-    for axis, column, what in zip(axes[1], (0, 1), ("update", "second of stage 2, stage 1 before")):
-        for row, group in enumerate(labels.values()):
-            lines = np.array([cell["curve"]["stage2"] for cell in group])
-            before = np.mean([cell["seconds"].get("stage1", 0) for cell in group])
-            axis.plot(lines[..., column].mean(0) + column * before, lines[..., 2].mean(0),
-                      color=f"C{row % 10}", ls="-" if row < 10 else "--")
-        axis.set(xlabel=what, ylabel="loss in stage 2" if not column else "", yscale="log")
-        axis.grid(alpha=0.3)
-    figure.suptitle(PRESETS[name].question + f" (task {PRESETS[name].task})")
-    figure.savefig(path, dpi=90)
+    axis.invert_yaxis()
+    axes = lower.subplots(2, len(panels), sharex="row", sharey=True, squeeze=False)
+    for column, (head, group) in enumerate(panels.items()):
+        for label in group:
+            lines = [played(cell) for cell in labels[label] if played(cell)]
+            if not lines:     # a run from before success was recorded
+                continue
+            step, seconds, success = np.mean(lines, axis=0).T
+            before = np.mean([cell["seconds"].get("stage1", 0) for cell in labels[label]])
+            for axis, x in zip(axes[:, column], (step, seconds + before)):
+                axis.plot(x, success, ".-", color=color[label], label=label.removeprefix(f"{head}, "))
+        axes[0, column].set(title=head, xlabel="update of stage 2", ylim=(0, 1))
+        axes[1, column].set(xlabel="second, stage 1 included", ylim=(0, 1))
+        for axis in axes[:, column]:
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize="small") if axis.lines else None
+    axes[0, 0].set(ylabel="success on the way")
+    axes[1, 0].set(ylabel="success on the way")
+    figure.suptitle(f"{PRESETS[name].question} (task {PRESETS[name].task})")
+    figure.savefig(path, dpi=80)
     plt.close(figure)
+
+
+def played(cell):
+    """Success over stage 2: [[update, seconds, success], ...], the last in all evaluation scenes."""
+    line = cell["curve"]["stage2"]
+    way = [[step, seconds, success] for step, seconds, _, success in line if success is not None]
+    return way and way + [[*line[-1][:2], cell["success_rate"]]]
 
 
 def publish(name, cells):
