@@ -4,11 +4,12 @@
     python -m results.compare recipes --list    print the missing runs' commands, one a line, for
                                                 GNU parallel or a job array; then collect
     python -m results.compare recipes --collect      only collect what is finished
+    python -m results.compare recipes --backbone mlp    only what concerns one backbone
     python -m results.compare --check runs/mlp-decoupled-full-laptop-seed0      is my run normal?
 
 A cell is one run in a folder of its own, runs/compare/<its flags>-seed<n>: presets share cells, and
 finished ones are skipped. Written: results/<preset>.json, .md and .png, and the table between the
-preset's markers in README.md.
+preset's markers in README.md; cells that are in the .json already, but not in runs/, stay there.
 """
 import argparse
 import csv
@@ -115,14 +116,16 @@ PRESETS = {
 }
 
 
-def runs(preset, seeds, only=""):
-    """All runs of a preset whose flags contain `only`: (label, folder, command)."""
+def runs(preset, seeds, backbone=None, conditioning=None):
+    """All runs of a preset, or those of one backbone or mechanism: (label, folder, command)."""
     for label, flags in preset.cells.items():
         flags = " ".join(f"--task {preset.task} {flags}".split())
         slug = flags.replace("--backbone ", "").replace("--task ", "").replace("--", "")
-        for seed in range(seeds):
-            folder = Path("runs/compare") / f"{slug.replace(' ', '-')}-seed{seed}"
-            if only in flags:
+        config, _ = train.parse(shlex.split(flags))
+        if config.backbone in (backbone or config.backbone) and (
+                config.conditioning in (conditioning or config.conditioning)):
+            for seed in range(seeds):
+                folder = Path("runs/compare") / f"{slug.replace(' ', '-')}-seed{seed}"
                 yield label, folder, f"train.py {flags} --seed {seed} --out {folder}"
 
 
@@ -140,22 +143,29 @@ def curve(folder, points=25):
             for stage, line in stages.items()}
 
 
-def collect(preset, seeds):
-    """The finished runs: each one's summary, the label of its cell, and its curve."""
-    return [{"cell": label} | json.loads((folder / "summary.json").read_text())
-            | {"curve": curve(folder)}
-            for label, folder, _ in runs(preset, seeds) if (folder / "summary.json").exists()]
+def collect(preset, file, seeds=100):
+    """All finished runs of a preset: each one's summary, the label of its cell, and its curve.
+
+    A run that is not here, but in an earlier `file`, is taken from there: nothing collected is lost.
+    """
+    earlier = json.loads(file.read_text())["cells"] if file.exists() else []
+    earlier = {cell["command"].removesuffix(" --resume"): cell for cell in earlier}
+    cells = []
+    for label, folder, command in runs(preset, seeds):
+        if (folder / "summary.json").exists():
+            summary = json.loads((folder / "summary.json").read_text())
+            cells.append({"cell": label} | summary | {"curve": curve(folder)})
+        elif f"python {command}" in earlier:
+            cells.append(earlier[f"python {command}"] | {"cell": label})
+    return cells
 
 
-def spread(values):
-    """Mean and its standard error over seeds; the latter is None for one seed."""
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-    return np.mean(values), error
-
-
-def shown(values):
-    mean, error = spread(values)
-    return f"{mean:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+def spread(cells, key):
+    """Mean over seeds and its standard error; of a single seed, the error from its scenes alone."""
+    values = [cell[key] for cell in cells]
+    if len(values) == 1:
+        return values[0], cells[0]["score_se" if key == "score" else "success_se"]
+    return np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
 
 
 def groups(cells):
@@ -171,11 +181,15 @@ def table(name, cells):
              "parameters |" + (" paper, other tasks |" if paper else ""),
              "|---|---|---|---|---|" + ("---|" if paper else "")]
     for label, group in groups(cells).items():
-        success, score = ([cell[key] for cell in group] for key in ("success_rate", "score"))
+        success, score = (f"{mean:.3f} ± {error:.3f}" for mean, error in
+                          (spread(group, key) for key in ("success_rate", "score")))
         trained, frozen = (group[0]["parameters"][key] / 1e6 for key in ("trained", "frozen"))
-        columns = [label, shown(success), " ".join(f"{value:.3f}" for value in success),
-                   shown(score), f"{trained:.2f}M / {frozen:.2f}M"]
+        columns = [label, success, " ".join(f"{cell['success_rate']:.3f}" for cell in group), score,
+                   f"{trained:.2f}M / {frozen:.2f}M"]
         lines.append("| " + " | ".join(columns + ([paper.get(label, "-")] if paper else [])) + " |")
+    hours = sum(cell["seconds"]["total"] * cell["threads"] for cell in cells) / 3600
+    lines += ["", f"{len(cells)} runs, {hours:.1f} core-hours. Where there is one seed, ± is the "
+              f"standard error of its {cells[0]['episodes']} scenes; else it is that of the seeds."]
     return "\n".join(lines) + "\n"
 
 
@@ -203,10 +217,9 @@ def draw(name, cells, path):
     upper, lower = figure.subfigures(2, height_ratios=(bars, 5.5))
     for axis, key in zip(upper.subplots(1, 2, sharey=True), ("success_rate", "score")):
         for row, (label, group) in enumerate(labels.items()):
-            values = [cell[key] for cell in group]
-            mean, error = spread(values)
+            mean, error = spread(group, key)
             axis.barh(row, mean, xerr=error, color=color[label], alpha=0.5, capsize=3)
-            axis.plot(values, [row] * len(values), "k.", ms=5)
+            axis.plot([cell[key] for cell in group], [row] * len(group), "k.", ms=5)
         axis.set(xlabel=f"{key.replace('_', ' ')} (dots: seeds)", xlim=(0, 1))
         axis.set_yticks(range(len(labels)), labels)
         axis.grid(axis="x", alpha=0.3)
@@ -225,7 +238,9 @@ def draw(name, cells, path):
         axes[1, column].set(xlabel="second, stage 1 included", ylim=(0, 1))
         for axis in axes[:, column]:
             axis.grid(alpha=0.3)
-            axis.legend(fontsize="small") if axis.lines else None
+            axis.set_xlim(left=0)
+        if axes[0, column].lines:
+            axes[0, column].legend(fontsize="small", loc="lower right")
     axes[0, 0].set(ylabel="success on the way")
     axes[1, 0].set(ylabel="success on the way")
     figure.suptitle(f"{PRESETS[name].question} (task {PRESETS[name].task})")
@@ -236,19 +251,20 @@ def draw(name, cells, path):
 def played(cell):
     """Success over stage 2: [[update, seconds, success], ...], the last in all evaluation scenes."""
     line = cell["curve"]["stage2"]
-    way = [[step, seconds, success] for step, seconds, _, success in line if success is not None]
+    way = [[*row[:2], row[3]] for row in line if row[3:] not in ([], [None])]
     return way and way + [[*line[-1][:2], cell["success_rate"]]]
 
 
-def publish(name, cells):
-    """Write all that is made of the cells."""
-    (HERE / f"{name}.json").write_text(
+def publish(name, cells, out):
+    """Write all that is made of the cells to the folder `out`, if that is results/ to README.md too."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(
         '{"cells": [\n' + ",\n".join(json.dumps(cell) for cell in cells) + "\n]}\n")
-    (HERE / f"{name}.md").write_text(table(name, cells))
-    draw(name, cells, HERE / f"{name}.png")
+    (out / f"{name}.md").write_text(table(name, cells))
+    draw(name, cells, out / f"{name}.png")
     readme = ROOT / "README.md"
     before, _, after = split_at_markers(readme.read_text(), name)
-    if after:
+    if after and out.resolve() == HERE:
         readme.write_text(before + table(name, cells) + after)
     print(table(name, cells))
 
@@ -306,8 +322,10 @@ def main():
     parser.error = lambda message: parser.exit(2, f"compare: {message} (--help tells more)\n")
     parser.add_argument("preset", nargs="?", choices=PRESETS)
     parser.add_argument("--seeds", type=int, help="default 3 for main and recipes, 2 for the others")
-    parser.add_argument("--only", default="", metavar="FLAGS", help="run only cells whose flags "
-                        "contain this, for example '--backbone mlp'")
+    parser.add_argument("--backbone", nargs="+", help="run only cells of these")
+    parser.add_argument("--conditioning", nargs="+", choices=MECHANISMS, help="the same")
+    parser.add_argument("--out", type=Path, default=HERE, help="the folder for table, figure and "
+                        ".json; default results/, whose tables are also those of the README")
     parser.add_argument("--list", action="store_true", help="print the missing runs' commands")
     parser.add_argument("--collect", action="store_true", help="run nothing")
     parser.add_argument("--check", type=Path, metavar="RUN", help="compare a run's folder with the "
@@ -323,7 +341,8 @@ def main():
         parser.error(f"which question? {', '.join(PRESETS)}")
     preset = PRESETS[options.preset]
     seeds = options.seeds or preset.seeds
-    missing = [(folder, command) for _, folder, command in runs(preset, seeds, options.only)
+    missing = [(folder, command) for _, folder, command in runs(
+        preset, seeds, options.backbone, options.conditioning)
                if not (folder / "summary.json").exists()]
     if options.list:
         print("\n".join(f"python {command}" for _, command in missing))
@@ -336,10 +355,10 @@ def main():
             done = subprocess.run([sys.executable, *shlex.split(command), *resume])
             if done.returncode:
                 sys.exit(f"compare: this run failed, see above: python {command}")
-    cells = collect(preset, seeds)
+    cells = collect(preset, options.out / f"{options.preset}.json")
     if not cells:
         parser.error("no finished run to collect")
-    publish(options.preset, cells)
+    publish(options.preset, cells, options.out)
 
 
 if __name__ == "__main__":

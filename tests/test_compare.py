@@ -14,9 +14,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def cell(label="a", success=0.5, **more):
-    return dict(cell=label, success_rate=success, score=0.9, scale="laptop",
-                command="python train.py --task near --seed 0", parameters=dict(backbone=1, conditioning=2, trained=3_000_000, frozen=0),
-                seconds=dict(stage2=100.0), iterations_per_second=dict(stage2=20.0),
+    return dict(cell=label, success_rate=success, success_se=0.03, score=0.9, score_se=0.01,
+                scale="laptop", episodes=200, threads=1,
+                command="python train.py --task near --seed 0",
+                parameters=dict(backbone=1, conditioning=2, trained=3_000_000, frozen=0),
+                seconds=dict(stage2=100.0, total=1200.0), iterations_per_second=dict(stage2=20.0),
                 curve=dict(stage2=[[100 * i, 5.0 * i, 1.0 / i] for i in range(1, 21)])) | more
 
 
@@ -54,7 +56,8 @@ def test_the_standard_error_is_that_of_the_mean_over_seeds():
     table = compare.table("size", [cell("x", 0.4), cell("x", 0.6), cell("y", 0.5)])
     rows = table.splitlines()[2:]
     assert rows[0].startswith("| x | 0.500 ± 0.100 | 0.400 0.600 |")     # sd sqrt(.02), over sqrt(2)
-    assert rows[1].startswith("| y | 0.500 | 0.500 |")     # of one seed nobody knows the error
+    assert rows[1].startswith("| y | 0.500 ± 0.030 | 0.500 |")           # one seed: of its scenes
+    assert rows[3].startswith("3 runs, 1.0 core-hours.")
 
 
 def test_collecting_reads_what_train_wrote(tmp_path, monkeypatch):
@@ -64,13 +67,45 @@ def test_collecting_reads_what_train_wrote(tmp_path, monkeypatch):
     train.main(shlex.split(command)[1:] + ["--smoke", "--steps", "30", "--stage1-steps", "25",
                                            "--episodes", "2", "--num-demos", "4",
                                            "--device", "cpu"])
-    (found,) = compare.collect(compare.PRESETS["source"], 1)
+    (found,) = compare.collect(compare.PRESETS["source"], tmp_path / "none.json")
     assert found["cell"] == label and found["recipe"] == "decoupled" and found["episodes"] == 2
     assert [point[0] for point in found["curve"]["stage2"]] == [25, 30]
     for key in ("command", "seed", "commit", "device", "threads", "torch", "score_se"):
         assert key in found
     compare.draw("source", [found], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_collecting_keeps_what_was_collected_elsewhere(tmp_path, monkeypatch):
+    """Without its folder a run stays in the results, under its cell's present label."""
+    monkeypatch.chdir(tmp_path)
+    file, (first, second, *_) = tmp_path / "source.json", compare.runs(compare.PRESETS["source"], 1)
+    file.write_text(json.dumps({"cells": [
+        cell("an older label", command=f"python {first[2]} --resume"),
+        cell("gone", command="python train.py --task near --backbone mlp --width 2")]}))
+    (kept,) = compare.collect(compare.PRESETS["source"], file)
+    assert kept["cell"] == first[0] and kept["success_rate"] == 0.5
+    second[1].mkdir(parents=True)
+    summary = cell(success=0.75)
+    del summary["cell"]                            # a run does not know its label
+    (second[1] / "summary.json").write_text(json.dumps(summary))
+    (second[1] / "metrics.csv").write_text(
+        "stage,step,seconds,loss,learning_rate,success\n"
+        "stage2,1000,50,0.2,0.004,0.25\nstage2,2000,100,0.1,0.0,\n")
+    cells = compare.collect(compare.PRESETS["source"], file)
+    assert [found["cell"] for found in cells] == [first[0], second[0]]
+    assert compare.played(cells[0]) == []          # from before success was recorded
+    assert compare.played(cells[1]) == [[1000, 50.0, 0.25], [2000, 100.0, 0.75]]
+    compare.publish("source", cells, tmp_path / "mine")
+    assert {path.suffix for path in (tmp_path / "mine").iterdir()} == {".json", ".md", ".png"}
+
+
+def test_one_backbone_or_mechanism_of_a_grid():
+    def found(**only):
+        return {label for label, _, _ in compare.runs(compare.PRESETS["conditioning"], 1, **only)}
+    assert found(backbone=["mlp"]) == set()
+    assert found(conditioning=["film"]) == {"film, normal", "film, decoupled"}
+    assert len(found(conditioning=["cross-attention"])) == 4
 
 
 @pytest.fixture
