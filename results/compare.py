@@ -204,7 +204,8 @@ def draw(name, cells, path):
     """Bars of success and score with their standard errors; learning curves in stage 2.
 
     A panel of curves for each head or mechanism: success in 50 scenes on the way, per update and per
-    second, stage 1 included (as in the paper's Figure 3, but for its running maximum).
+    second, stage 1 included (as in the paper's Figure 3, but for its running maximum); or the loss,
+    if no run has recorded success.
     """
     import matplotlib.pyplot as plt
     labels, panels = groups(cells), {}
@@ -224,25 +225,26 @@ def draw(name, cells, path):
         axis.set_yticks(range(len(labels)), labels)
         axis.grid(axis="x", alpha=0.3)
     axis.invert_yaxis()
+    recorded = any(played(cell) for cell in cells)
+    what = dict(ylim=(0, 1)) if recorded else dict(yscale="log")
     axes = lower.subplots(2, len(panels), sharex="row", sharey=True, squeeze=False)
     for column, (head, group) in enumerate(panels.items()):
         for label in group:
-            lines = [played(cell) for cell in labels[label] if played(cell)]
-            if not lines:     # a run from before success was recorded
-                continue
-            step, seconds, success = np.mean(lines, axis=0).T
-            before = np.mean([cell["seconds"].get("stage1", 0) for cell in labels[label]])
-            for axis, x in zip(axes[:, column], (step, seconds + before)):
-                axis.plot(x, success, ".-", color=color[label], label=label.removeprefix(f"{head}, "))
-        axes[0, column].set(title=head, xlabel="update of stage 2", ylim=(0, 1))
-        axes[1, column].set(xlabel="second, stage 1 included", ylim=(0, 1))
-        for axis in axes[:, column]:
+            lines = [played(cell) if recorded else [row[:3] for row in cell["curve"]["stage2"]]
+                     for cell in labels[label]]
+            if any(lines):
+                step, seconds, y = np.mean([line for line in lines if line], axis=0).T
+                before = np.mean([cell["seconds"].get("stage1", 0) for cell in labels[label]])
+                for axis, x in zip(axes[:, column], (step, seconds + before)):
+                    axis.plot(x, y, ".-", color=color[label], label=label.removeprefix(f"{head}, "))
+        for axis, x in zip(axes[:, column], ("update of stage 2", "second, stage 1 included")):
+            axis.set(xlabel=x, **what)
             axis.grid(alpha=0.3)
-            axis.set_xlim(left=0)
+        axes[0, column].set(title=head)
         if axes[0, column].lines:
-            axes[0, column].legend(fontsize="small", loc="lower right")
-    axes[0, 0].set(ylabel="success on the way")
-    axes[1, 0].set(ylabel="success on the way")
+            axes[0, column].legend(fontsize="small", loc="upper left" if recorded else "upper right")
+    for axis in axes[:, 0]:
+        axis.set(ylabel="success on the way" if recorded else "loss", xlim=(0, None))
     figure.suptitle(f"{PRESETS[name].question} (task {PRESETS[name].task})")
     figure.savefig(path, dpi=80)
     plt.close(figure)
