@@ -527,10 +527,12 @@ def main(arguments=None):
     except KeyboardInterrupt:
         sys.exit("\ninterrupted before training")
     if not config.evaluate:
+        longer = config.scale == "laptop" and config.backbone != "mlp" and not config.smoke
         print(f"{config.recipe} training of {config.backbone} on task {config.task}, with "
               f"{len(demonstrations['episode_ends']):,} demonstrations of "
               f"{len(demonstrations['state']):,} steps. {config.scale.capitalize()} scale, on "
-              f"{config.device} with {torch.get_num_threads()} thread(s): about {config.minutes}.")
+              f"{config.device} with {torch.get_num_threads()} thread(s): about "
+              f"{'twice ' * longer}{config.minutes}.")
     try:
         if not config.evaluate:
             policy = train_policy(config, run, demonstrations, torch.device(config.device))

@@ -86,12 +86,13 @@ PRESETS = {
          for recipe, value in zip(("normal", "decoupled"), values)}),
     "source": Preset(
         "Does the stage-1 signal matter?",
-        {"joint angles": "--backbone mlp --decoupled",
-         "end-effector poses": "--backbone mlp --decoupled --pretrain-condition pose",
-         "nothing": "--backbone mlp --decoupled --pretrain-condition none",
-         "random frozen": "--backbone mlp --random-backbone"},
-        {"joint angles": "62.2", "end-effector poses": "62.2 to 63.8", "nothing": "62.2 to 63.8",
-         "random frozen": "0.0"}),
+        {f"{head}, {source}": f"{HEADS[head]} {flags}" for head in ("DP-MLP", "DP-C")
+         for source, flags in {
+             "joint angles": "--decoupled", "poses": "--decoupled --pretrain-condition pose",
+             "nothing": "--decoupled --pretrain-condition none",
+             "random frozen": "--random-backbone"}.items()},
+        {"DP-C, joint angles": "62.2", "DP-C, poses": "62.2 to 63.8",
+         "DP-C, nothing": "62.2 to 63.8", "DP-C, random frozen": "0.0"}),
     "data": Preset(
         "Is free data good enough?",
         {"arm motion": "--backbone mlp --decoupled",
@@ -210,8 +211,8 @@ def draw(name, cells, path):
     import matplotlib.pyplot as plt
     labels, panels = groups(cells), {}
     for label in labels:
-        head = label.rpartition(", ")[0] if label.endswith(tuple(RECIPES)) else ""
-        panels.setdefault(head, []).append(label)
+        head, _, variant = label.rpartition(", ")
+        panels.setdefault(head if head in HEADS or variant in RECIPES else "", []).append(label)
     color = {label: f"C{i}" for group in panels.values() for i, label in enumerate(group)}
     columns, bars = max(len(panels), 2), 0.3 * len(labels) + 1
     figure = plt.figure(figsize=(3.2 * columns + 2, bars + 5.5), layout="constrained")

@@ -48,7 +48,7 @@ def test_list_prints_only_what_is_missing(tmp_path):
     listed = subprocess.run([sys.executable, "-m", "results.compare", "source", "--list"],
                             cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, text=True,
                             capture_output=True, check=True).stdout.splitlines()
-    assert len(listed) == 4 * 2 - 1 and all(line.startswith("python train.py ") for line in listed)
+    assert len(listed) == 8 * 2 - 1 and all(line.startswith("python train.py ") for line in listed)
     assert not any(str(done) + " " in line + " " for line in listed)
 
 
