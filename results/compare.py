@@ -215,7 +215,7 @@ def draw(name, cells, path):
         panels.setdefault(head if head in HEADS or variant in RECIPES else "", []).append(label)
     color = {label: f"C{i}" for group in panels.values() for i, label in enumerate(group)}
     columns, bars = max(len(panels), 2), 0.3 * len(labels) + 1
-    figure = plt.figure(figsize=(3.2 * columns + 2, bars + 5.5), layout="constrained")
+    figure = plt.figure(figsize=(min(3 * columns + 2, 16), bars + 5.5), layout="constrained")
     upper, lower = figure.subfigures(2, height_ratios=(bars, 5.5))
     for axis, key in zip(upper.subplots(1, 2, sharey=True), ("success_rate", "score")):
         for row, (label, group) in enumerate(labels.items()):
