@@ -281,7 +281,7 @@ def benchmark_step(heads, threads, repeats, batch=64):
                 steps["fp32, 4 of 16 steps"] = our_step(head, frozen, subset=4)
             for count in threads:
                 torch.set_num_threads(count)
-                few = 2 if head == "DP-C" else repeats
+                few = 3 if head == "DP-C" else repeats
                 seconds = interleaved(steps, batch_of(head, batch), few)
                 base = seconds["official manner"]
                 print(f"{head:10} {'decoupled' if frozen else 'normal':9} {count} thread(s): " +
