@@ -225,40 +225,23 @@ class Conv(nn.Module):
     On a CPU one matrix product for each of the kernel's taps, over the steps that it sees. That
     leaves out the products with padding, 30 % of them at T = 4, where conv1d is slow besides, most
     of all for gradients: 2048 channels, batch 64, one thread (AVX-512), forward and backward: 0.28
-    s against 1.02 s, frozen 0.18 s against 0.27 s. Frozen and at T = 8, conv1d is the faster one.
+    s against 1.02 s, frozen 0.18 s against 0.27 s.
     """
 
     def __init__(self, inputs, outputs, kernel, stride=1):
         super().__init__()
         conv = nn.Conv1d(inputs, outputs, kernel)     # for its initialisation
         self.taps = nn.ParameterList(tap.clone() for tap in conv.weight.detach().unbind(-1))
-        self.bias, self.stride, self.kept = conv.bias, stride, (None, None)
-
-    def weight(self, device, whole):
-        """The whole kernel (C',C,taps) or the list of taps, in autocast's type.
-
-        Where weights are many and steps few, converting them is a quarter of a bf16 update: frozen
-        ones are converted once, and again after they have changed.
-        """
-        dtype = (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device)
-                 else self.bias.dtype)
-        key = whole, dtype, [(tap.data_ptr(), tap._version) for tap in self.taps]
-        if self.kept[0] != key or self.bias.requires_grad:
-            made = (torch.stack([*self.taps], dim=-1).to(dtype) if whole else
-                    [tap.to(dtype) for tap in self.taps])
-            if self.bias.requires_grad:
-                return made
-            self.kept = key, made
-        return self.kept[1]
+        self.bias, self.stride = conv.bias, stride
 
     def forward(self, x):
-        T, reach, stride = x.shape[1], len(self.taps) // 2, self.stride
-        whole = not x.is_cpu or (T >= 8 and not self.bias.requires_grad)
-        weight = self.weight(x.device.type, whole)
-        if whole:
+        reach, stride = len(self.taps) // 2, self.stride
+        if not x.is_cpu:
+            weight = torch.stack([*self.taps], dim=-1)
             return F.conv1d(x.mT, weight, self.bias, stride, padding=reach).mT
-        last, out = (T - 1) // stride, self.bias
-        for shift, tap in enumerate(weight, start=-reach):     # output t sees x[stride t + shift]
+        T, out = x.shape[1], self.bias
+        last = (T - 1) // stride
+        for shift, tap in enumerate(self.taps, start=-reach):     # output t sees x[stride t + shift]
             first, final = max(0, -(shift // stride)), min(last, (T - 1 - shift) // stride)
             if first <= final:
                 rows = x[:, stride * first + shift:stride * final + shift + 1:stride]

@@ -201,24 +201,6 @@ def test_convolution_and_its_gradients_equal_conv1d(kernel, stride, length, froz
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("length", [4, 16])
-def test_a_frozen_convolution_follows_its_weights(length):
-    """Frozen weights are converted once; new ones, another type or another mode must not be missed."""
-    conv, x = heads.Conv(6, 8, 5).requires_grad_(False), torch.randn(3, length, 6)
-    other = heads.Conv(6, 8, 5)
-    expected = {conv: conv(x), other: other(x)}
-    assert conv.kept[1] is conv.weight("cpu", whole=length >= 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert 1e-4 < (conv(x) - expected[conv]).abs().max() < 0.05
-    torch.testing.assert_close(conv(x), expected[conv])
-    conv.load_state_dict(other.state_dict())
-    torch.testing.assert_close(conv(x), expected[other])
-    with torch.autocast("cpu", torch.bfloat16):
-        conv(x)                                                    # what is kept has no gradient
-        conv.requires_grad_(True)(x).sum().backward()
-    assert all(tap.grad is not None for tap in conv.taps)
-
-
 def test_dropout_drops_the_right_share_and_keeps_the_mean():
     torch.manual_seed(0)
     dropout, x = heads.Dropout(0.3), torch.ones(1001, 1003)        # an odd count on purpose
