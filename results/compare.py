@@ -212,7 +212,8 @@ def draw(name, cells, path):
     labels, panels = groups(cells), {}
     for label in labels:
         head, _, variant = label.rpartition(", ")
-        panels.setdefault(head if head in HEADS or variant in RECIPES else "", []).append(label)
+        head = head if head in HEADS else head.split(", ")[0] if variant in RECIPES else ""
+        panels.setdefault(head, []).append(label)
     color = {label: f"C{i}" for group in panels.values() for i, label in enumerate(group)}
     columns, bars = max(len(panels), 2), 0.3 * len(labels) + 1
     figure = plt.figure(figsize=(min(3 * columns + 2, 16), bars + 5.5), layout="constrained")
