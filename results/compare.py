@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import train
 from film import MECHANISMS
+from heads import SIZES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -102,7 +103,7 @@ PRESETS = {
          "1,500 demonstrations, normal": "--backbone mlp"} |
         {label: flags for number in (10, 30, 100) for label, flags in both(
             f"{number} demonstrations", f"--backbone mlp --num-demos {number}").items()},
-        {"the demonstrations' own paths": "62.2"}),
+        {"the demonstrations' own paths": "61.1 / 61.2"}),
     "size": Preset(
         "How small can the backbone get?",
         {f"width {width}, {depth} blocks": f"--backbone mlp --decoupled --width {width} "
@@ -139,6 +140,7 @@ def curve(folder, points=25):
         stages.setdefault(row["stage"], []).append(
             [int(row["step"]), float(row["seconds"]), round(float(row["loss"]), 5),
              float(row["success"]) if row.get("success") else None])
+    # Some `points` of them, counted back from the last, and all at which success was recorded.
     return {stage: [row for left, row in zip(range(len(line) - 1, -1, -1), line)
                     if left % -(-len(line) // points) == 0 or row[3] is not None]
             for stage, line in stages.items()}
@@ -148,6 +150,7 @@ def collect(preset, file, seeds=100):
     """All finished runs of a preset: each one's summary, the label of its cell, and its curve.
 
     A run that is not here, but in an earlier `file`, is taken from there: nothing collected is lost.
+    seeds: more than anyone has run, for what is there is shown, whoever asked for it.
     """
     earlier = json.loads(file.read_text())["cells"] if file.exists() else []
     earlier = {cell["command"].removesuffix(" --resume"): cell for cell in earlier}
@@ -202,11 +205,9 @@ def split_at_markers(text, name):
 
 
 def draw(name, cells, path):
-    """Bars of success and score with their standard errors; learning curves in stage 2.
+    """Bars of success and score with their standard errors; below, learning curves in stage 2.
 
-    A panel of curves for each head or mechanism: success in 50 scenes on the way, per update and per
-    second, stage 1 included (as in the paper's Figure 3, but for its running maximum); or the loss,
-    if no run has recorded success.
+    The labels of one head or mechanism share a panel of curves, and each has its color there.
     """
     import matplotlib.pyplot as plt
     labels, panels = groups(cells), {}
@@ -227,9 +228,21 @@ def draw(name, cells, path):
         axis.set_yticks(range(len(labels)), labels)
         axis.grid(axis="x", alpha=0.3)
     axis.invert_yaxis()
-    recorded = any(played(cell) for cell in cells)
+    draw_curves(lower, labels, panels, color)
+    figure.suptitle(f"{PRESETS[name].question} (task {PRESETS[name].task})")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def draw_curves(figure, labels, panels, color):
+    """Success in 50 scenes on the way, per update and per second, stage 1 included; or the loss, if
+    no run has recorded success. The paper's Figure 3, but for its running maximum.
+
+    labels: label -> cells; panels: head -> labels; color: label -> matplotlib color.
+    """
+    recorded = any(played(cell) for cells in labels.values() for cell in cells)
     what = dict(ylim=(0, 1)) if recorded else dict(yscale="log")
-    axes = lower.subplots(2, len(panels), sharex="row", sharey=True, squeeze=False)
+    axes = figure.subplots(2, len(panels), sharex="row", sharey=True, squeeze=False)
     for column, (head, group) in enumerate(panels.items()):
         for label in group:
             lines = [played(cell) if recorded else [row[:3] for row in cell["curve"]["stage2"]]
@@ -247,9 +260,6 @@ def draw(name, cells, path):
             axes[0, column].legend(fontsize="small", loc="upper left" if recorded else "upper right")
     for axis in axes[:, 0]:
         axis.set(ylabel="success on the way" if recorded else "loss", xlim=(0, None))
-    figure.suptitle(f"{PRESETS[name].question} (task {PRESETS[name].task})")
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def played(cell):
@@ -326,7 +336,8 @@ def main():
     parser.error = lambda message: parser.exit(2, f"compare: {message} (--help tells more)\n")
     parser.add_argument("preset", nargs="?", choices=PRESETS)
     parser.add_argument("--seeds", type=int, help="default 3 for main and recipes, 2 for the others")
-    parser.add_argument("--backbone", nargs="+", help="run only cells of these")
+    parser.add_argument("--backbone", nargs="+", choices=sorted({name for name, _ in SIZES}),
+                        help="run only cells of these; what is finished is collected all the same")
     parser.add_argument("--conditioning", nargs="+", choices=MECHANISMS, help="the same")
     parser.add_argument("--out", type=Path, default=HERE, help="the folder for table, figure and "
                         ".json; default results/, whose tables are also those of the README")

@@ -223,6 +223,8 @@ def test_playing_on_the_way_is_recorded_and_changes_nothing(smoke, demos, tmp_pa
         run_main(*tiny(demos, tmp_path / name))
         weights.append(torch.load(tmp_path / name / "policy.pt", weights_only=True)["weights"])
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    lines = (tmp_path / "played" / "metrics.csv").read_text().splitlines()[1:]
+    assert [line.endswith(",") for line in lines] == [False, False, True]      # not at the last
 
 
 def test_evaluate_scores_the_saved_policy(smoke, capsys):
