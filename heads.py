@@ -239,11 +239,11 @@ class Conv(nn.Module):
 
 
 class SumOfTaps(torch.autograd.Function):
-    """out_t = bias + sum over taps k of tap_k x[stride t + k - kernel / 2], for a CPU.
+    """out_t = bias + sum over taps k of tap_k x[stride t + k - kernel / 2]: conv1d, but faster.
 
-    Products of whole matrices, one for each tap, over the steps that it sees: this leaves out the
-    products with padding, 30 % of them at T = 4, where conv1d is slow besides, most of all for
-    gradients. Plain autograd would do, but not add the products up in place.
+    Skip it when you read this file for DP-C. One product of whole matrices for each tap, over the
+    steps that it sees, leaves out the products with padding, 30 % of them at T = 4, where conv1d is
+    slow besides, most of all for gradients. Plain autograd would not add them up in place.
     """
 
     @staticmethod

@@ -106,8 +106,8 @@ PRESETS = {
         {"the demonstrations' own paths": "61.1 / 61.2"}),
     "size": Preset(
         "How small can the backbone get?",
-        {f"width {width}, {depth} blocks": f"--backbone mlp --decoupled --width {width} "
-         f"--depth {depth}" for width, depth in ((8, 4), (32, 4), (64, 4), (128, 1), (128, 2))} |
+        {f"width {width}, {depth} block{'s' * (depth > 1)}": f"--backbone mlp --decoupled "
+         f"--width {width} --depth {depth}" for width, depth in ((8, 4), (32, 4), (64, 4), (128, 1), (128, 2))} |
         {"width 128, 4 blocks": "--backbone mlp --decoupled"}, {}),
     "observation": Preset(
         "What must the policy see?",
@@ -189,7 +189,7 @@ def table(name, cells):
                           (spread(group, key) for key in ("success_rate", "score")))
         trained, frozen = (group[0]["parameters"][key] / 1e6 for key in ("trained", "frozen"))
         columns = [label, success, " ".join(f"{cell['success_rate']:.3f}" for cell in group), score,
-                   f"{trained:.2f}M / {frozen:.2f}M"]
+                   f"{trained:.3g}M / {frozen:.3g}M"]
         lines.append("| " + " | ".join(columns + ([paper.get(label, "-")] if paper else [])) + " |")
     hours = sum(cell["seconds"]["total"] * cell["threads"] for cell in cells) / 3600
     lines += ["", f"{len(cells)} runs, {hours:.1f} core-hours. Where there is one seed, ± is the "
@@ -257,7 +257,8 @@ def draw_curves(figure, labels, panels, color):
             axis.grid(alpha=0.3)
         axes[0, column].set(title=head)
         if axes[0, column].lines:
-            axes[0, column].legend(fontsize="small", loc="upper left" if recorded else "upper right")
+            axes[0, column].legend(fontsize="x-small", handlelength=1,
+                                   loc="upper left" if recorded else "upper right")
     for axis in axes[:, 0]:
         axis.set(ylabel="success on the way" if recorded else "loss", xlim=(0, None))
 
