@@ -76,6 +76,8 @@ PRESETS = {
         {label: flags for name in MECHANISMS
          for label, flags in both(
              name, f"--backbone transformer --conditioning {name} {HALF}").items()} |
+        both("prefix, twice the updates",
+             "--backbone transformer --conditioning prefix --stage1-steps 2500 --steps 8000") |
         {f"cross-attention, {name}, decoupled":
          f"--backbone transformer --conditioning cross-attention {HALF} --decoupled {flags}"
          for name, flags in {"two tokens in stage 1": "--pretrain-tokens 2",
@@ -165,11 +167,12 @@ def collect(preset, file, seeds=100):
 
 
 def spread(cells, key):
-    """Mean over seeds and its standard error; of a single seed, the error from its scenes alone."""
+    """Mean over seeds and its standard error: of the seeds, or of their scenes where that is more,
+    for two or three seeds may agree by chance."""
     values = [cell[key] for cell in cells]
-    if len(values) == 1:
-        return values[0], cells[0]["score_se" if key == "score" else "success_se"]
-    return np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
+    scenes = [cell["score_se" if key == "score" else "success_se"] for cell in cells]
+    deviation = np.std(values, ddof=1) if len(values) > 1 else 0
+    return np.mean(values), max(deviation, np.mean(np.square(scenes)) ** 0.5) / len(cells) ** 0.5
 
 
 def groups(cells):
@@ -192,8 +195,8 @@ def table(name, cells):
                    f"{trained:.3g}M / {frozen:.3g}M"]
         lines.append("| " + " | ".join(columns + ([paper.get(label, "-")] if paper else [])) + " |")
     hours = sum(cell["seconds"]["total"] * cell["threads"] for cell in cells) / 3600
-    lines += ["", f"{len(cells)} runs, {hours:.1f} core-hours. Where there is one seed, ± is the "
-              f"standard error of its {cells[0]['episodes']} scenes; else it is that of the seeds."]
+    lines += ["", f"{len(cells)} runs, {hours:.1f} core-hours. ± is the standard error over the "
+              f"seeds, or that of their {cells[0]['episodes']} scenes each where it is larger."]
     return "\n".join(lines) + "\n"
 
 
