@@ -42,7 +42,7 @@ class Preset:
 
 
 RECIPES = {"normal": "", "decoupled": "--decoupled", "random frozen": "--random-backbone",
-           "stage-1 start, nothing frozen": "--pretrained"}
+           "unfrozen after stage 1": "--pretrained"}
 # An update of DP-MLP predicts 128 x 2 x 4 noises (observations x draws x horizon steps), one of the
 # others 128 x 1 x 16: with half the updates, all heads learn from as many, in about the same time.
 HALF = "--stage1-steps 1250 --steps 4000"
@@ -260,8 +260,7 @@ def draw_curves(figure, labels, panels, color):
             axis.grid(alpha=0.3)
         axes[0, column].set(title=head)
         if axes[0, column].lines:
-            axes[0, column].legend(fontsize="x-small", handlelength=1,
-                                   loc="upper left" if recorded else "upper right")
+            axes[0, column].legend(fontsize="x-small", handlelength=1)
     for axis in axes[:, 0]:
         axis.set(ylabel="success on the way" if recorded else "loss", xlim=(0, None))
 
