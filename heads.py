@@ -244,6 +244,8 @@ class SumOfTaps(torch.autograd.Function):
     Skip it when you read this file for DP-C. One product of whole matrices for each tap, over the
     steps that it sees, leaves out the products with padding, 30 % of them at T = 4, where conv1d is
     slow besides, most of all for gradients. Plain autograd would not add them up in place.
+
+    x (B,T,C), bias (C'), stride, then each tap (C',C) -> (B,T / stride,C').
     """
 
     @staticmethod

@@ -108,8 +108,9 @@ PRESETS = {
         {"the demonstrations' own paths": "61.1 / 61.2"}),
     "size": Preset(
         "How small can the backbone get?",
-        {f"width {width}, {depth} block{'s' * (depth > 1)}": f"--backbone mlp --decoupled "
-         f"--width {width} --depth {depth}" for width, depth in ((8, 4), (32, 4), (64, 4), (128, 1), (128, 2))} |
+        {f"width {width}, {depth} block{'s' * (depth > 1)}":
+         f"--backbone mlp --decoupled --width {width} --depth {depth}"
+         for width, depth in ((8, 4), (32, 4), (64, 4), (128, 1), (128, 2))} |
         {"width 128, 4 blocks": "--backbone mlp --decoupled"}, {}),
     "observation": Preset(
         "What must the policy see?",

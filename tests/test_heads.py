@@ -201,6 +201,21 @@ def test_convolution_and_its_gradients_equal_conv1d(kernel, stride, length, froz
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_convolution_in_bf16_is_near_fp32_with_gradients_in_fp32(frozen):
+    torch.manual_seed(0)
+    conv, x = heads.Conv(6, 8, 5).requires_grad_(not frozen), torch.randn(3, 4, 6, requires_grad=True)
+    tensors, results = [x] if frozen else [x, *conv.parameters()], []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = conv(x)
+        results.append((out.float(), *torch.autograd.grad(out.float().square().mean(), tensors)))
+    assert out.dtype == torch.bfloat16
+    for exact, rounded in zip(*results):
+        assert rounded.dtype == torch.float32
+        assert 0 < (rounded - exact).abs().max() < 0.03 * exact.abs().max()
+
+
 def test_dropout_drops_the_right_share_and_keeps_the_mean():
     torch.manual_seed(0)
     dropout, x = heads.Dropout(0.3), torch.ones(1001, 1003)        # an odd count on purpose
