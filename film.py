@@ -1,8 +1,8 @@
 """The conditioning pathway: everything that stage 2 TRAINS.
 
-    observation --encoder--> o --\
-                                  W [mish(o), mish(tau)] + b --> (gamma_1, beta_1) ... _R
-    timestep embedding ----- tau-/
+    observation --encoder Phi--> o --\
+                                      F: c = [o, tau] --> (gamma_1, beta_1) ... (gamma_R, beta_R)
+    timestep -----time encoder-> tau -/
 
 The paper's claim is about this file: task knowledge can be confined to these weights while the
 backbone (heads.py), which only *applies* gamma and beta, stays frozen. Nothing here knows how the
@@ -11,7 +11,7 @@ for each. Two mechanisms, cross-attention and prefix, hand the backbone tokens i
 Paper: section IV-A, eq. 2, 3 and 11 (arXiv 2511.12101v1); the comparison of mechanisms is
 section IV-E of its second version.
 
-Run alone:  python film.py       what FiLM does to a feature map, and which tensors a recipe trains
+Run alone:  python film.py       what each mechanism does to a feature map, in numbers and a picture
 """
 import argparse
 from pathlib import Path
@@ -26,35 +26,36 @@ from torch import nn
 class Mechanism:
     """How a condition acts on a residual block, x' = x + branch(norm(x)). The base: not at all.
 
-    A block offers three places; a mechanism overrides those that it uses:
-      normalised   the output of the block's normalisation
-      features     the features inside the branch (where: see the block in heads.py)
-      gated        the branch's output, about to be added to x
-    Each maps h (B,T,D) and m (B, vectors * D), the modulation, to (B,T,D). The equations below are
-    for one step h (D,) of one sample.
+    A block calls three hooks; a mechanism overrides those that it uses:
+      after_norm(h, m)   what the block's normalisation puts out
+      modulate(h, m)     the features inside the branch (where: see the block in heads.py)
+      gate(h, m)         the branch's output, about to be added to x
+    Each maps features h (B,T,D) and the modulation m (B,V,1,D), V vectors of width D, to (B,T,D).
+    The U-Net works channels first: there h is (B,D,T) and m (B,V,D,1).
+    TRAP: the singleton axis of m broadcasts over the horizon. Without it B == T would broadcast
+    silently, and each time step would get another sample's modulation.
 
-    identity: the value of each of the modulation's vectors at which a block is as if it had no
-    condition (adaln-zero: as if it had no branch). A fresh pathway starts there, see Conditioning.
+    identity: the value of each of the V vectors at which a block is as if it had no condition
+    (adaln-zero: as if it had no branch). A fresh pathway starts there, see Conditioning.
     """
     identity = ()
     tokens = False         # does the backbone take tokens instead of modulations?
     prepends = False       # are the tokens put in front of the actions?
     adaptive = False       # does it replace the normalisation's own scale and shift?
     starts_closed = False  # does it start exactly at its identity, whatever is observed?
-    normalised = features = gated = lambda self, h, m: h
+
+    def after_norm(self, h, m):
+        return h
+
+    def modulate(self, h, m):
+        return h
+
+    def gate(self, h, m):
+        return h
 
     def norm(self, width):
         """The block's normalisation."""
         return nn.LayerNorm(width, elementwise_affine=not self.adaptive)
-
-    def vectors(self, modulation):
-        """(B, vectors * D) -> its vectors, each (B,1,D)."""
-        # The singleton axis broadcasts over time. Without it B == T would broadcast silently.
-        return modulation.unsqueeze(-2).chunk(len(self.identity), dim=-1)
-
-    def __call__(self, h, m):
-        """What all three places together do to one feature map."""
-        return self.gated(self.features(self.normalised(h, m), m), m)
 
 
 class FiLM(Mechanism):
@@ -64,17 +65,17 @@ class FiLM(Mechanism):
     """
     identity = (1, 0)
 
-    def features(self, h, m):
-        gamma, beta = self.vectors(m)
-        return torch.addcmul(beta, gamma, h)     # gamma * h + beta in one pass over memory
+    def modulate(self, h, m):
+        gamma, beta = m.unbind(1)
+        return gamma * h + beta
 
 
 class Additive(Mechanism):
     """h' = h + beta: FiLM without its factor."""
     identity = (0,)
 
-    def features(self, h, m):
-        return h + m.unsqueeze(-2)
+    def modulate(self, h, m):
+        return h + m[:, 0]
 
 
 class AdaLN(Mechanism):
@@ -85,9 +86,9 @@ class AdaLN(Mechanism):
     identity = (0, 0)
     adaptive = True
 
-    def normalised(self, h, m):
-        gamma, beta, *_ = self.vectors(m)
-        return torch.addcmul(beta, 1 + gamma, h)
+    def after_norm(self, h, m):
+        gamma, beta = m[:, 0], m[:, 1]
+        return (1 + gamma) * h + beta
 
 
 class AdaRMS(AdaLN):
@@ -107,8 +108,9 @@ class AdaLNZero(AdaLN):
     identity = (0, 0, 0)
     starts_closed = True
 
-    def gated(self, h, m):
-        return self.vectors(m)[2] * h
+    def gate(self, h, m):
+        alpha = m[:, 2]
+        return alpha * h
 
 
 class CrossAttention(Mechanism):
@@ -121,8 +123,9 @@ class CrossAttention(Mechanism):
     tokens = True
 
 
-class Prefix(CrossAttention):
+class Prefix(Mechanism):
     """The tokens stand in front of the actions, [c, x], in the backbone's self-attention."""
+    tokens = True
     prepends = True
 
 
@@ -130,59 +133,75 @@ MECHANISMS = {"film": FiLM, "additive": Additive, "adaln": AdaLN, "adarms": AdaR
               "adaln-zero": AdaLNZero, "cross-attention": CrossAttention, "prefix": Prefix}
 
 
-# The encoders: observation (B, ...) -> (B, steps, size) -------------------------------------------
+# The encoders Phi: observation (B, ...) -> (B, steps, size) ---------------------------------------
+
+COARSE, FINE = 256.0, 20.0     # px that become 1: half a board, and what decides over success
+
 
 class StateEncoder(nn.Module):
-    """The observation encoder Phi of stage 2: PushT states -> features.
+    """The observation encoder of stage 2: PushT states -> features.
 
     What it looks at, per observation step, is 16 vectors: the block's 8 corners seen from the
     agent, and the same corners seen from where they should be in the end. Each is given twice,
-    coarse (a board's width is 1) and fine (saturating at some 20 px), because 2 px decide over
-    success. That is 64 numbers a step; an MLP follows. `features="keypoints"` is the plain
-    alternative: gym-pusht's 8 corners and the agent's position, 18 numbers a step.
+    coarse and, through tanh, fine: because 2 px decide over success. That is 64 numbers a step;
+    an MLP follows. (The paper's encoders are two ResNet-18 on camera pictures.)
 
-    corners: (8, 2) px in the block's frame; goal: (x, y, angle) of the block's goal pose.
-    per_step: encode each observation step alone (for tokens), not the window of To as one.
+    obs_steps: To. corners: (8, 2) px in the block's frame; goal: its pose (x, y px, angle rad) in
+    the end. width, depth: of the MLP. per_step: encode each observation step alone (for tokens),
+    not the window of To as one.
     """
 
-    def __init__(self, obs_steps, corners, goal, features="relative", width=384, depth=3,
-                 per_step=False):
+    def __init__(self, obs_steps, corners, goal, width=384, depth=3, per_step=False):
         super().__init__()
-        if features not in ("relative", "keypoints"):
-            raise ValueError(f"features is {features!r}; allowed: relative, keypoints")
-        self.features = features
-        corners = torch.as_tensor(corners, dtype=torch.float32)
-        goal = torch.as_tensor(goal, dtype=torch.float32)
-        self.register_buffer("corners", corners)
-        self.register_buffer("goal_corners", self.place(corners, goal))
-        numbers = (4 if features == "relative" else 1) * 2 * len(corners)
-        numbers += 0 if features == "relative" else 2
+        self.config = dict(observation="state", obs_steps=obs_steps, corners=corners, goal=goal,
+                           width=width, depth=depth)
+        self.obs_steps = obs_steps
         self.steps, self.size = obs_steps if per_step else 1, width
-        sizes = [numbers * obs_steps // self.steps] + [width] * depth
-        # Without the LayerNorms the loss jumped up in three of six runs at learning rate 6e-3.
-        layers = [nn.Sequential(nn.Linear(a, b), nn.LayerNorm(b), nn.Mish())
-                  for a, b in zip(sizes, sizes[1:-1])]
-        self.mlp = nn.Sequential(*layers, nn.Linear(sizes[-2], width), nn.LayerNorm(width))
+        corners, goal = torch.tensor(corners).float(), torch.tensor(goal).float()
+        self.register_buffer("corners", corners)
+        self.register_buffer("goal_corners", place(corners, goal))
+        seen = 2 * 2 * corners.numel()             # from agent and goal, coarse and fine
+        inputs = seen * obs_steps // self.steps
+        layers = []
+        for _ in range(depth - 1):
+            # Without the LayerNorms the loss jumped up in three of six runs at learning rate 6e-3.
+            layers += [nn.Linear(inputs, width), nn.LayerNorm(width), nn.Mish()]
+            inputs = width
+        self.mlp = nn.Sequential(*layers, nn.Linear(inputs, width), nn.LayerNorm(width))
 
-    @staticmethod
-    def place(corners, pose):
-        """Corners (K, 2) of a block at pose (..., 3) -> their positions (..., K, 2) in px."""
-        cos, sin = pose[..., 2:3].cos(), pose[..., 2:3].sin()
-        x, y = corners[:, 0], corners[:, 1]
-        rotated = torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)
-        return rotated + pose[..., None, :2]
+    def check(self, observations):
+        """observations as they are fed to a policy; raises ValueError if they cannot be encoded."""
+        expected = (self.obs_steps, 5)
+        if observations.dim() != 3 or observations.shape[1:] != expected:
+            raise ValueError(f"observations must have shape (B, {self.obs_steps}, 5), "
+                             f"got {tuple(observations.shape)}")
+        if not observations.isfinite().all():
+            raise ValueError("observations must be finite, got NaN or infinity")
 
-    def inputs(self, observations):
+    def agent_position(self, observations):
+        """Where the agent is at present, in the last observation: (B, 2) px."""
+        return observations[:, -1, :2]
+
+    def features(self, observations):
         """observations (B, To, 5): agent x, y, block x, y (px), angle (rad) -> (B, To, 64)."""
-        agent, corners = observations[..., :2], self.place(self.corners, observations[..., 2:])
-        if self.features == "keypoints":
-            return torch.cat([corners, agent.unsqueeze(-2)], dim=-2).flatten(-2) / 256 - 1
-        vectors = torch.cat([corners - agent.unsqueeze(-2), corners - self.goal_corners], dim=-2)
-        return torch.cat([vectors / 256, torch.tanh(vectors / 20)], dim=-2).flatten(-2)
+        agent = observations[..., None, :2]                             # (B, To, 1, 2)
+        corners = place(self.corners, observations[..., 2:])            # (B, To, 8, 2)
+        vectors = torch.cat([corners - agent, corners - self.goal_corners], dim=-2)
+        scaled = torch.cat([vectors / COARSE, torch.tanh(vectors / FINE)], dim=-2)
+        return scaled.flatten(-2)
 
     def forward(self, observations):
         """observations (B, To, 5) -> (B, steps, size), steps = To with per_step, otherwise 1."""
-        return self.mlp(self.inputs(observations).reshape(len(observations), self.steps, -1))
+        features = self.features(observations)
+        return self.mlp(features.reshape(len(observations), self.steps, -1))
+
+
+def place(corners, pose):
+    """Corners (K, 2) of a block that is set down at pose (..., 3) -> (..., K, 2) in px."""
+    cos, sin = pose[..., 2:].cos(), pose[..., 2:].sin()                 # (..., 1)
+    x, y = corners.unbind(-1)
+    rotated = torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)
+    return rotated + pose[..., None, :2]
 
 
 class JointEncoder(nn.Module):
@@ -193,6 +212,7 @@ class JointEncoder(nn.Module):
 
     def __init__(self, horizon, num_joints=3):     # 3: the links of kinematics.PlanarArm()
         super().__init__()
+        self.config = dict(observation="joints", horizon=horizon, num_joints=num_joints)
         self.steps, self.size = horizon, 2 * num_joints
 
     def forward(self, angles):
@@ -207,10 +227,11 @@ class PoseEncoder(nn.Module):
 
     def __init__(self, horizon):
         super().__init__()
+        self.config = dict(observation="pose", horizon=horizon)
         self.steps, self.size = horizon, 2
 
     def forward(self, positions):
-        return positions / 256 - 1
+        return positions / COARSE - 1
 
 
 class NoEncoder(nn.Module):
@@ -218,6 +239,7 @@ class NoEncoder(nn.Module):
 
     def __init__(self, horizon, size=1):
         super().__init__()
+        self.config = dict(observation="none", horizon=horizon, size=size)
         self.steps, self.size = horizon, size
 
     def forward(self, observations):
@@ -227,73 +249,62 @@ class NoEncoder(nn.Module):
 ENCODERS = {"state": StateEncoder, "joints": JointEncoder, "pose": PoseEncoder, "none": NoEncoder}
 
 
-# The pathways: encoder and what makes modulations or tokens of it ---------------------------------
+# The pathways: encoder Phi, and F that makes modulations or tokens of what it puts out ------------
 
-class Pathway(nn.Module):
-    """What both pathways share: a condition is the combination of two halves.
-
-    from_observation(observations (B, ...)): the half that is the same at every timestep
-    from_time(time embedding (K, E)):        the half that is the same for every observation
-    combine(observed, timed):                the condition; `timed` has B rows, or one for all
-    The sampler computes the first once per chunk and the second once per timestep, instead of
-    both at each of the 100 steps.
-    """
-
-    def forward(self, observations, repeats=1):
-        """Observations (B, ...) -> the condition: a function of the time embedding that gives the
-        modulations. The backbone calls it with its own, frozen encoding of B * repeats timesteps.
-        """
-        observed = self.from_observation(observations).repeat_interleave(repeats, dim=0)
-        return lambda time_embedding: self.combine(observed, self.from_time(time_embedding))
-
-
-class Conditioning(Pathway):
+class Conditioning(nn.Module):
     """Encoder Phi and modulation generators F_1..F_R (paper eq. 2, 11), all layers in one product.
 
-    The paper concatenates c = [o, tau] and applies Mish and one Linear per layer. Mish acts on
-    each number alone, so that product splits exactly into a part that depends on the observation
-    and one that depends on the timestep.
+    encoder: one of the above; time_dim: E, size of tau; widths: D_r of the R layers to be
+    modulated; mechanism: a Mechanism that is no token mechanism.
     """
 
-    def __init__(self, encoder, time_dim, widths, mechanism=FiLM()):
+    def __init__(self, encoder, time_dim, widths, mechanism):
         super().__init__()
         self.encoder = encoder
-        self.sizes = [len(mechanism.identity) * width for width in widths]
+        self.vectors = len(mechanism.identity)
+        self.sizes = [self.vectors * width for width in widths]
         self.observation_part = nn.Linear(encoder.steps * encoder.size, sum(self.sizes))
         self.time_part = nn.Linear(time_dim, sum(self.sizes), bias=False)
         # A fresh pathway starts near the identity: the identity's values as bias plus a small
         # observation-dependent part. (Official code: FiLM's gamma starts near 0, not 1, and in
         # stage 2 the biases of stage 1 stay in place unmentioned.)
+        values = torch.tensor(mechanism.identity).float()
         with torch.no_grad():
             for bias, width in zip(self.observation_part.bias.split(self.sizes), widths):
-                for vector, value in zip(bias.split(width), mechanism.identity):
-                    vector.fill_(value)
+                bias.copy_(values.repeat_interleave(width))
             if mechanism.starts_closed:
                 self.observation_part.weight.zero_()
                 self.time_part.weight.zero_()
 
-    def from_observation(self, observations):
-        """Observations -> (B, M), M the sum of all modulations' sizes."""
-        return self.observation_part(F.mish(self.encoder(observations).flatten(1)))
+    def encode(self, observations):
+        """Phi: observations (B, ...) -> o (B, O)."""
+        return self.encoder(observations).flatten(1)
 
-    def from_time(self, time_embedding):
-        """Time embedding (K, E) -> (K, M)."""
-        return self.time_part(F.mish(time_embedding))
+    def forward(self, o, tau):
+        """F: o (B, O), tau (B * K, E) -> R modulations (B * K, V, 1, D_r).
 
-    def combine(self, observed, timed):
-        """The two halves -> the modulation (B, vectors * width) of each layer, a list of R."""
-        return (observed + timed).split(self.sizes, dim=-1)
+        K noise draws of one observation stand next to each other. The paper applies Mish and one
+        Linear to the concatenation c = [o, tau]. The same product in two halves, because o's half
+        is then computed once for all K draws.
+        """
+        draws = len(tau) // len(o)
+        observed = self.observation_part(F.mish(o)).repeat_interleave(draws, dim=0)
+        modulations = observed + self.time_part(F.mish(tau))
+        return [modulation.unflatten(1, (self.vectors, 1, -1))
+                for modulation in modulations.split(self.sizes, dim=1)]
 
 
-class TokenConditioning(Pathway):
+class TokenConditioning(nn.Module):
     """Tokens for cross-attention and prefix: one for the timestep, one per observation step.
 
     c_s = MLP(W o_s + p_s) and c_0 = MLP(tau + p_0), p a learned position, tau the plain sinusoid.
-    The MLP treats each token alone, so the halves are exact here too. In stage 1 there are T joint
-    tokens, each of the same instant as one action; in stage 2 there are To observation tokens: as
-    in the paper, not only the tokens' content changes, but also their number and alignment.
+    In stage 1 there are T joint tokens, each of the same instant as one action; in stage 2 there
+    are To observation tokens: as in the paper, not only the tokens' content changes, but also their
+    number and alignment.
     A fresh pathway's tokens are small (weights N(0, 0.02^2)): cross-attention reads values near 0.
     For `prefix` that is no identity, because the backbone's LayerNorm enlarges them again.
+
+    encoder: one of the above, with a step for each token; width: D, size of tokens and of tau.
     """
 
     def __init__(self, encoder, width):
@@ -307,18 +318,16 @@ class TokenConditioning(Pathway):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
-    def from_observation(self, observations):
-        """Observations -> tokens (B, steps, width)."""
-        return self.mlp(self.embed(self.encoder(observations)) + self.position[1:])
+    def encode(self, observations):
+        """Phi: observations (B, ...) -> o (B, steps, size)."""
+        return self.encoder(observations)
 
-    def from_time(self, time_embedding):
-        """Time embedding (K, E) -> tokens (K, width)."""
-        return self.mlp(time_embedding + self.position[0])
-
-    def combine(self, observed, timed):
-        """The two halves -> all tokens (B, 1 + steps, width)."""
-        timed = timed.unsqueeze(1).expand(len(observed), -1, -1)
-        return torch.cat([timed, observed], dim=1)
+    def forward(self, o, tau):
+        """F: o (B, steps, size), tau (B * K, D) -> tokens (B * K, 1 + steps, D), K noise draws."""
+        draws = len(tau) // len(o)
+        observed = self.embed(o).repeat_interleave(draws, dim=0)
+        tokens = torch.cat([tau.unsqueeze(1), observed], dim=1)
+        return self.mlp(tokens + self.position)
 
 
 def make_conditioning(backbone, observation="state", **encoder_settings):
@@ -329,68 +338,62 @@ def make_conditioning(backbone, observation="state", **encoder_settings):
     """
     if observation not in ENCODERS:
         raise ValueError(f"observation is {observation!r}; allowed: {', '.join(ENCODERS)}")
-    config = dict(observation=observation, **encoder_settings)
-    mechanism, time_dim = backbone.mechanism, backbone.time_encoder.dim
+    mechanism = backbone.mechanism
+    time_dim = backbone.time_encoder.dim
     if observation == "state":
         encoder_settings["per_step"] = mechanism.tokens
     encoder = ENCODERS[observation](**encoder_settings)
     if mechanism.tokens:
-        conditioning = TokenConditioning(encoder, time_dim)
-    else:
-        conditioning = Conditioning(encoder, time_dim, backbone.modulation_widths, mechanism)
-    conditioning.config = config     # saved with a policy
-    return conditioning
+        return TokenConditioning(encoder, time_dim)
+    return Conditioning(encoder, time_dim, backbone.modulation_widths, mechanism)
 
 
 # The lesson ---------------------------------------------------------------------------------------
 
+def apply_all(mechanism, h, m):
+    """What the hooks of a mechanism together do to a feature map h (B,T,D)."""
+    if mechanism.adaptive:
+        h = mechanism.norm(h.shape[-1])(h)
+    h = mechanism.after_norm(h, m)
+    h = mechanism.modulate(h, m)
+    return mechanism.gate(h, m)
+
+
 def lesson(out):
-    """Print what each recipe trains, save out/film.png: each mechanism on one feature map."""
+    """Print what FiLM does to a few features, save out/film.png: each mechanism on one map."""
     import matplotlib.pyplot as plt
-    from heads import make_backbone     # the one look up: a pathway needs something to condition
 
     T, D = 16, 24
-    step, feature = torch.arange(T)[:, None] / T, torch.arange(D)[None] / D
-    h = torch.sin(6 * step + 9 * feature)[None]                                  # (1,T,D)
-    gamma, beta, alpha = 1.5 * torch.cos(torch.pi * feature), feature, feature.round()     # (1,D)
-    after = FiLM()(h, torch.cat([gamma, beta], dim=-1))
-    print("1. One gamma and one beta per feature, the same for all steps of the chunk.\n"
+    step = torch.arange(T)[:, None] / T
+    feature = torch.arange(D) / D
+    h = torch.sin(6 * step + 9 * feature)[None]                              # (1,T,D)
+    gamma = 1.5 * torch.cos(torch.pi * feature)
+    beta, alpha = feature, feature.round()                                   # (D,)
+
+    m = torch.stack([gamma, beta])[None, :, None]                            # (1,V,1,D)
+    after = FiLM().modulate(h, m)
+    print(f"Features h {tuple(h.shape)}, modulation m {tuple(m.shape)}: one gamma and one beta for\n"
+          "each feature, the same for all steps of the chunk.\n"
           "   feature    gamma    beta   h at step 0, 8   FiLM(h) at step 0, 8")
     for d in (0, 8, 16, 23):
-        print(f"   {d:7d} {gamma[0, d]:8.2f}{beta[0, d]:8.2f} {h[0, 0, d]:8.2f},{h[0, 8, d]:5.2f}"
+        print(f"   {d:7d} {gamma[d]:8.2f}{beta[d]:8.2f} {h[0, 0, d]:8.2f},{h[0, 8, d]:5.2f}"
               f" {after[0, 0, d]:12.2f},{after[0, 8, d]:5.2f}")
-    pictures = {"h: 16 steps, 24 features": h}
-    for name, vectors in {"film": [gamma, beta], "additive": [beta], "adaln": [gamma, beta],
-                          "adarms": [gamma, beta], "adaln-zero": [gamma, beta, alpha]}.items():
-        mechanism = MECHANISMS[name]()
-        normalised = mechanism.norm(D)(h) if mechanism.adaptive else h
-        pictures[name] = mechanism(normalised, torch.cat(vectors, dim=-1))
-    figure, axes = plt.subplots(1, len(pictures), figsize=(14, 3.4), sharey=True)
-    for axis, (name, picture) in zip(axes, pictures.items()):
-        axis.imshow(picture[0], cmap="coolwarm", vmin=-2.5, vmax=2.5, aspect="auto")
+
+    vectors = {"film": [gamma, beta], "additive": [beta], "adaln": [gamma, beta],
+               "adarms": [gamma, beta], "adaln-zero": [gamma, beta, alpha]}
+    figure, axes = plt.subplots(1, 1 + len(vectors), figsize=(14, 3.4), sharey=True)
+    maps = {"h: 16 steps, 24 features": h}
+    for name, given in vectors.items():
+        m = torch.stack(given)[None, :, None]
+        maps[name] = apply_all(MECHANISMS[name](), h, m)
+    for axis, (name, features) in zip(axes, maps.items()):
+        axis.imshow(features[0], cmap="coolwarm", vmin=-2.5, vmax=2.5, aspect="auto")
         axis.set(title=name, xlabel="feature")
     axes[0].set_ylabel("step of the chunk")
     figure.tight_layout()
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "film.png", dpi=110)
-
-    backbone = make_backbone("mlp", "laptop")
-    joints = make_conditioning(backbone, "joints", horizon=T, num_joints=3)
-    state = make_conditioning(backbone, obs_steps=2, corners=torch.zeros(8, 2), goal=torch.zeros(3))
-    print("\n2. The numbers that each recipe trains, laptop DP-MLP with FiLM\n"
-          f"   {'':40}{'normal':>11}{'stage 1':>11}{'stage 2':>11}")
-    for part, module, recipes in [("backbone", backbone, (True, True, False)),
-                                  ("conditioning (joints)", joints, (None, True, None)),
-                                  ("conditioning (state)", state, (True, None, True))]:
-        for name, child in [*module.named_children(), *module.named_parameters(recurse=False)]:
-            tensors = [child] if isinstance(child, nn.Parameter) else [*child.parameters()]
-            line = f"   {part + '.' + name:40}"
-            for trains in recipes:     # None: not part of the policy then
-                module.requires_grad_(bool(trains))
-                count = sum(p.numel() for p in tensors if p.requires_grad)
-                line += f"{'-' if trains is None else f'{count:,}' if count else 'frozen':>11}"
-            print(line if tensors else f"   {part + '.' + name:40}{'(no weights)':>33}")
-    print(f"\nPicture: {out / 'film.png'}")
+    print(f"What each recipe trains of this pathway: python heads.py\nPicture: {out / 'film.png'}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ beta that film.py makes for them. Paper: section IV-B, G and f_tau of eq. 10 (ar
 
 All three follow one template, so that two of them can be read side by side:
   1. embed the noisy actions (B,T,A) -> (B,T,D)
-  2. blocks, each modulated at the places that film.Mechanism names
+  2. blocks, each modulated through the hooks of film.Mechanism
   3. normalise and project back -> predicted noise (B,T,A)
 
-Run alone:  python heads.py       the table of parameters, next to the paper's figures
+Run alone:  python heads.py       who trains what, and the parameters next to the paper's
 """
 import argparse
 import math
@@ -25,53 +25,39 @@ from film import MECHANISMS, make_conditioning
 class TimeEncoder(nn.Module):
     """f_tau, the encoder of the diffusion timestep: sinusoid, Linear, Mish, Linear.
 
-    It belongs to the backbone and is frozen with it (paper eq. 10). timestep (B,) -> (B, dim).
+    It belongs to the backbone and is frozen with it (paper eq. 10). timestep (B,) -> tau (B, dim).
     learned=False: the sinusoid alone, for the token mechanisms; their MLP is the tokens' own.
     """
 
     def __init__(self, dim, learned=True):
         super().__init__()
         self.dim = dim
-        self.mlp = nn.Identity() if not learned else nn.Sequential(
-            nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Identity()
+        if learned:
+            self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
 
     def forward(self, timestep):
         half = self.dim // 2
-        rates = torch.exp(torch.arange(half, device=timestep.device) * -math.log(1e4) / (half - 1))
-        angles = timestep[:, None] * rates
+        exponents = torch.arange(half, device=timestep.device) * -math.log(1e4) / (half - 1)
+        angles = timestep[:, None] * exponents.exp()
         return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
 
 
-class Dropout(nn.Dropout):
-    """nn.Dropout with cheaper random numbers: on a CPU, drawing them is a fifth of a step.
-
-    A number takes 16 bits instead of a float, so p is rounded to 1/65536. As in the paper, dropout
-    stays on in a frozen backbone (the mode is `train`, frozen or not): the pathway learns with the
-    noise that the backbone was trained with. `eval` switches it off. The laptop sizes have none.
-    """
-
-    def forward(self, x):
-        if not (self.training and self.p and x.is_cpu):
-            return super().forward(x)
-        dropped = round(self.p * 2**16)
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None)
-        bits = bits.view(torch.int16)[:x.numel()].view(x.shape)
-        keep = torch.ge(bits, dropped - 2**15, out=torch.empty(x.shape, dtype=x.dtype))
-        return x * keep.mul_(1 / (1 - dropped / 2**16))
-
-
 class Backbone(nn.Module):
-    """What all backbones share. A subclass sets `time_encoder` and `modulation_widths`."""
-    mixes_time = True     # does an action of the chunk see the others?
+    """What all backbones share: what they were built with, and how they take the condition.
+
+    A subclass sets `time_encoder` and `modulation_widths`, and maps in `forward`
+      noisy_actions (B,T,A), modulations [(B,V,1,D_r)] * R or tokens (B,S,D) -> noise (B,T,A).
+    As in the paper, dropout stays on in a frozen backbone (the mode is `train`, frozen or not):
+    the pathway learns with the noise that the backbone was trained with. Laptop sizes have none.
+    """
+    mixes_time = True                  # does an action of the chunk see the others?
     mechanisms = tuple(MECHANISMS)     # those it can be built for
 
-    def forward(self, noisy_actions, timestep, condition, **subset):
-        """noisy_actions (B,T,A), timestep (B,) long -> predicted noise (B,T,A).
-
-        condition: function from this backbone's time embedding (B,E) to one modulation for each
-        of `modulation_widths`, or to tokens; film.py makes it from an observation.
-        """
-        return self.denoise(noisy_actions, condition(self.time_encoder(timestep)), **subset)
+    def __init__(self, **config):
+        super().__init__()
+        self.config = dict(config, name=self.name)     # all that is needed to build it again
+        self.mechanism = MECHANISMS[config["conditioning"]]()
 
 
 # DP-MLP -------------------------------------------------------------------------------------------
@@ -84,31 +70,30 @@ class MLP(Backbone):
     actions of a chunk are denoised independently of each other. The paper does not mention it;
     its code does it, and so do we. Not taken over: arguments for attention that nothing reads.
     """
+    name = "mlp"
     mixes_time = False
     mechanisms = ("film", "additive", "adaln", "adarms", "adaln-zero")
 
-    def __init__(self, action_dim, horizon, mechanism, width, hidden, depth, dropout):
-        super().__init__()
-        self.mechanism = mechanism
+    def __init__(self, action_dim, horizon, conditioning, width, hidden, depth, dropout):
+        super().__init__(action_dim=action_dim, horizon=horizon, conditioning=conditioning,
+                         width=width, hidden=hidden, depth=depth, dropout=dropout)
         self.time_encoder = TimeEncoder(width)
-        self.modulation_widths = [width if mechanism.adaptive else hidden] * depth
+        self.modulation_widths = [width if self.mechanism.adaptive else hidden] * depth
         # Standard deviation 1 without 1/sqrt(fan-in), as in the official MLP_FiLM.py.
         self.input_weight = nn.Parameter(torch.randn(horizon, action_dim, width))
         self.input_bias = nn.Parameter(torch.randn(horizon, width))
         self.blocks = nn.ModuleList(
-            MLPBlock(mechanism, width, hidden, dropout) for _ in range(depth))
+            MLPBlock(self.mechanism, width, hidden, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, action_dim)
 
-    def denoise(self, noisy_actions, modulations, steps=None):
-        """steps (B,S) long: which horizon steps the S actions of each sample are, None for all."""
-        T = len(self.input_bias)
-        steps = torch.arange(T, device=noisy_actions.device)[None] if steps is None else steps
-        # hidden_t = action_t W_t + b_t: one product, with each action in its own step's columns.
-        # (Indexing W by `steps` copies it for every sample: slower, its gradient most of all.)
-        step = F.one_hot(steps, T).to(noisy_actions.dtype)                  # (B,S,T), or (1,T,T)
-        spread = step.unsqueeze(-1) * noisy_actions.unsqueeze(-2)           # (B,S,T,A)
-        hidden = spread.flatten(2) @ self.input_weight.flatten(0, 1) + step @ self.input_bias
+    def forward(self, noisy_actions, modulations, steps=None):
+        """steps (B,S) long: which horizon steps the S actions of each sample are; None: all T."""
+        weight, bias = self.input_weight, self.input_bias
+        if steps is not None:
+            weight, bias = weight[steps], bias[steps]                # (B,S,A,D), (B,S,D)
+        # hidden_t = action_t W_t + b_t
+        hidden = (noisy_actions.unsqueeze(-1) * weight).sum(-2) + bias
         for block, modulation in zip(self.blocks, modulations):
             hidden = block(hidden, modulation)
         return self.output(self.norm(hidden))
@@ -120,14 +105,17 @@ class MLPBlock(nn.Module):
     def __init__(self, mechanism, width, hidden, dropout):
         super().__init__()
         self.mechanism = mechanism
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.norm, self.dropout = mechanism.norm(width), Dropout(dropout)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+        self.norm = mechanism.norm(width)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, modulation):
-        place = self.mechanism
-        hidden = place.features(self.dropout(F.gelu(self.up(x))), modulation)
-        branch = place.gated(self.dropout(self.down(hidden)), modulation)
-        return place.normalised(self.norm(x + branch), modulation)
+        hidden = self.dropout(F.gelu(self.up(x)))
+        hidden = self.mechanism.modulate(hidden, modulation)
+        branch = self.dropout(self.down(hidden))
+        branch = self.mechanism.gate(branch, modulation)
+        return self.mechanism.after_norm(self.norm(x + branch), modulation)
 
 
 # DP-C ---------------------------------------------------------------------------------------------
@@ -139,49 +127,61 @@ class UNet(Backbone):
     As in the official code, features of the full horizon reach the output only through the bottom:
     the upward level whose skip connection would carry them is not built, so the first skip is
     stored for nothing. The official branches that can never run (`is_last` upward) are left out.
+
+    Raises ValueError for a horizon that cannot be halved so often.
     """
+    name = "unet"
     mechanisms = ("film", "additive", "adaln", "adaln-zero")     # GroupNorm has no RMS form
 
-    def __init__(self, action_dim, horizon, mechanism, time_dim, widths, kernel):
-        super().__init__()
-        factor = 2 ** (len(widths) - 1)
-        if horizon % factor:
+    def __init__(self, action_dim, horizon, conditioning, time_dim, widths, kernel):
+        super().__init__(action_dim=action_dim, horizon=horizon, conditioning=conditioning,
+                         time_dim=time_dim, widths=widths, kernel=kernel)
+        halvings = len(widths) - 1
+        if horizon % 2 ** halvings:
             raise ValueError(f"horizon is {horizon}; a U-Net of {len(widths)} levels halves it "
-                             f"{len(widths) - 1} times and needs a multiple of {factor}")
+                             f"{halvings} times and needs a multiple of {2 ** halvings}")
         self.time_encoder = TimeEncoder(time_dim)
-        self.modulation_widths = []
-
-        def pair(inputs, outputs):     # two blocks, the second one keeps the width
-            self.modulation_widths += [outputs, outputs]
-            return [UNetBlock(mechanism, inputs, outputs, kernel),
-                    UNetBlock(mechanism, outputs, outputs, kernel)]
-
-        self.mechanism = mechanism
-        self.down = nn.ModuleList(
-            nn.ModuleList([*pair(inputs, outputs), Conv(outputs, outputs, 3, stride=2)
-                           if outputs < widths[-1] else nn.Identity()])
-            for inputs, outputs in zip([action_dim, *widths], widths))
-        self.middle = nn.ModuleList(pair(widths[-1], widths[-1]))
-        self.up = nn.ModuleList(
-            nn.ModuleList([*pair(2 * inputs, outputs),
-                           ConvTranspose(outputs, outputs, 4, stride=2, padding=1)])
-            for inputs, outputs in zip(widths[:0:-1], widths[-2::-1]))
+        self.modulation_widths = []     # two blocks a level: down, middle, up
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        inputs = action_dim
+        for level, outputs in enumerate(widths):
+            blocks = self.make_blocks(inputs, outputs, kernel)
+            halve = nn.Identity()       # at the bottom
+            if level < halvings:
+                halve = nn.Conv1d(outputs, outputs, 3, stride=2, padding=1)
+            self.down.append(nn.ModuleList([*blocks, halve]))
+            inputs = outputs
+        self.middle = nn.ModuleList(self.make_blocks(inputs, inputs, kernel))
+        for outputs in reversed(widths[:-1]):
+            blocks = self.make_blocks(2 * inputs, outputs, kernel)     # 2: with the skip connection
+            double = nn.ConvTranspose1d(outputs, outputs, 4, stride=2, padding=1)
+            self.up.append(nn.ModuleList([*blocks, double]))
+            inputs = outputs
         self.output = nn.Sequential(
-            Conv(widths[0], widths[0], kernel), GroupNorm(8, widths[0]),
-            nn.Mish(), Conv(widths[0], action_dim, 1))
+            nn.Conv1d(inputs, inputs, kernel, padding=kernel // 2), nn.GroupNorm(8, inputs),
+            nn.Mish(), nn.Conv1d(inputs, action_dim, 1))
 
-    def denoise(self, noisy_actions, modulations):
-        hidden, skips, modulations = noisy_actions, [], iter(modulations)
+    def make_blocks(self, inputs, outputs, kernel):
+        self.modulation_widths += [outputs, outputs]
+        return [UNetBlock(self.mechanism, inputs, outputs, kernel),
+                UNetBlock(self.mechanism, outputs, outputs, kernel)]
+
+    def forward(self, noisy_actions, modulations):
+        modulations = iter([modulation.mT for modulation in modulations])
+        hidden, skips = noisy_actions.mT, []                       # (B,A,T): channels first
         for first, second, halve in self.down:
-            hidden = second(first(hidden, next(modulations)), next(modulations))
+            hidden = first(hidden, next(modulations))
+            hidden = second(hidden, next(modulations))
             skips.append(hidden)
             hidden = halve(hidden)
         for block in self.middle:
             hidden = block(hidden, next(modulations))
         for first, second, double in self.up:
-            hidden = torch.cat([hidden, skips.pop()], dim=-1)
-            hidden = double(second(first(hidden, next(modulations)), next(modulations)))
-        return self.output(hidden)
+            hidden = torch.cat([hidden, skips.pop()], dim=1)
+            hidden = first(hidden, next(modulations))
+            hidden = second(hidden, next(modulations))
+            hidden = double(hidden)
+        return self.output(hidden).mT
 
 
 class UNetBlock(nn.Module):
@@ -190,96 +190,17 @@ class UNetBlock(nn.Module):
     def __init__(self, mechanism, inputs, outputs, kernel):
         super().__init__()
         self.mechanism = mechanism
-        self.conv1 = Conv(inputs, outputs, kernel)
-        self.conv2 = Conv(outputs, outputs, kernel)
-        self.norm1 = GroupNorm(8, outputs, affine=not mechanism.adaptive)
-        self.norm2 = GroupNorm(8, outputs)
-        self.shortcut = nn.Identity() if inputs == outputs else Conv(inputs, outputs, 1)
+        self.conv1 = nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2)
+        self.conv2 = nn.Conv1d(outputs, outputs, kernel, padding=kernel // 2)
+        self.norm1 = nn.GroupNorm(8, outputs, affine=not mechanism.adaptive)
+        self.norm2 = nn.GroupNorm(8, outputs)
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv1d(inputs, outputs, 1)
 
     def forward(self, x, modulation):
-        place = self.mechanism
-        hidden = place.features(
-            F.mish(place.normalised(self.norm1(self.conv1(x)), modulation)), modulation)
+        hidden = self.mechanism.after_norm(self.norm1(self.conv1(x)), modulation)
+        hidden = self.mechanism.modulate(F.mish(hidden), modulation)
         branch = F.mish(self.norm2(self.conv2(hidden)))
-        return self.shortcut(x) + place.gated(branch, modulation)
-
-
-class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm for (B,T,C). TRAP: without `contiguous` the gradient of mish takes 5 times as
-    long, for its two factors lie in memory in different orders."""
-
-    def forward(self, x):
-        return super().forward(x.mT).mT.contiguous()
-
-
-class ConvTranspose(nn.ConvTranspose1d):
-    """nn.ConvTranspose1d for (B,T,C) -> (B,2T,C')."""
-
-    def forward(self, x):
-        return super().forward(x.mT).mT
-
-
-class Conv(nn.Module):
-    """nn.Conv1d for (B,T,C) -> (B,T / stride,C'), padded by half the kernel; T a multiple of stride.
-
-    On a CPU one matrix product for each of the kernel's taps, see SumOfTaps.
-    """
-
-    def __init__(self, inputs, outputs, kernel, stride=1):
-        super().__init__()
-        conv = nn.Conv1d(inputs, outputs, kernel)     # for its initialisation
-        self.taps = nn.ParameterList(tap.clone() for tap in conv.weight.detach().unbind(-1))
-        self.bias, self.stride = conv.bias, stride
-
-    def forward(self, x):
-        if not x.is_cpu:
-            weight = torch.stack([*self.taps], dim=-1)
-            return F.conv1d(x.mT, weight, self.bias, self.stride, padding=len(self.taps) // 2).mT
-        return SumOfTaps.apply(x, self.bias, self.stride, *self.taps)
-
-
-class SumOfTaps(torch.autograd.Function):
-    """out_t = bias + sum over taps k of tap_k x[stride t + k - kernel / 2]: conv1d, but faster.
-
-    Skip it when you read this file for DP-C. One product of whole matrices for each tap, over the
-    steps that it sees, leaves out the products with padding, 30 % of them at T = 4, where conv1d is
-    slow besides, most of all for gradients. Plain autograd would not add them up in place.
-
-    x (B,T,C), bias (C'), stride, then each tap (C',C) -> (B,T / stride,C').
-    """
-
-    @staticmethod
-    def rows(x, out, taps):
-        """Each tap (C',C) with the rows of x (S,T,B,C) that it sees and those of out (T,B,C') that
-        they add to: views (n B,C) and (n B,C'). S is the stride: x[s] holds every S-th step."""
-        S, T = x.shape[:2]
-        for shift, tap in enumerate(taps, start=-(len(taps) // 2)):
-            ahead, n = shift // S, max(T - abs(shift // S), 0)
-            seen, to = x[shift % S, max(ahead, 0):][:n], out[max(-ahead, 0):][:n]
-            yield tap, seen.flatten(0, 1), to.flatten(0, 1)
-
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)     # only under autocast
-    def forward(ctx, x, bias, stride, *taps):
-        x = x.unflatten(1, (-1, stride)).permute(2, 1, 0, 3).contiguous()
-        ctx.save_for_backward(x, *taps)
-        out = bias.repeat(*x.shape[1:3], 1)
-        for tap, seen, to in SumOfTaps.rows(x, out, taps):
-            to.addmm_(seen, tap.T)
-        return out.transpose(0, 1).contiguous()
-
-    @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx, grad):
-        x, *taps = ctx.saved_tensors
-        grad, grad_x = grad.transpose(0, 1).contiguous(), torch.zeros_like(x)
-        for tap, seen, to in SumOfTaps.rows(grad_x, grad, taps):
-            seen.addmm_(to, tap)
-        grad_x = grad_x.permute(2, 1, 0, 3).flatten(1, 2).contiguous()
-        if not ctx.needs_input_grad[1]:     # frozen
-            return grad_x, *[None] * (2 + len(taps))
-        return (grad_x, grad.sum((0, 1)), None,
-                *(to.T @ seen for _, seen, to in SumOfTaps.rows(x, grad, taps)))
+        return self.shortcut(x) + self.mechanism.gate(branch, modulation)
 
 
 # DP-T ---------------------------------------------------------------------------------------------
@@ -293,16 +214,18 @@ class Transformer(Backbone):
     Position embeddings belong to the backbone and are frozen with it; the official code loads and
     then trains them. Dropout also acts on the attention weights.
     """
+    name = "transformer"
 
-    def __init__(self, action_dim, horizon, mechanism, width, hidden, heads, depth, dropout):
-        super().__init__()
-        self.mechanism = mechanism
-        self.time_encoder = TimeEncoder(width, learned=not mechanism.tokens)
-        self.modulation_widths = [] if mechanism.tokens else [width] * 2 * depth
+    def __init__(self, action_dim, horizon, conditioning, width, hidden, heads, depth, dropout):
+        super().__init__(action_dim=action_dim, horizon=horizon, conditioning=conditioning,
+                         width=width, hidden=hidden, heads=heads, depth=depth, dropout=dropout)
+        tokens = self.mechanism.tokens
+        self.time_encoder = TimeEncoder(width, learned=not tokens)
+        self.modulation_widths = [] if tokens else [width] * 2 * depth
         self.input = nn.Linear(action_dim, width)
         self.position = nn.Parameter(torch.randn(horizon, width) * 0.02)
         self.blocks = nn.ModuleList(
-            TransformerBlock(mechanism, width, hidden, heads, dropout) for _ in range(depth))
+            TransformerBlock(self.mechanism, width, hidden, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, action_dim)
         for module in self.modules():     # GPT-2's initialisation, as in the official code
@@ -310,22 +233,29 @@ class Transformer(Backbone):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def denoise(self, noisy_actions, condition):
-        T = noisy_actions.shape[1]
+    def forward(self, noisy_actions, condition):
+        """condition: modulations, two for each block, or for the token mechanisms tokens."""
         hidden = self.input(noisy_actions) + self.position
-        tokens, modulations, S = None, [None] * 2 * len(self.blocks), 0
-        if not self.mechanism.tokens:
-            modulations = condition
-        elif self.mechanism.prepends:
-            hidden, S = torch.cat([condition, hidden], dim=1), condition.shape[1]
-        else:
-            tokens = condition
-        # Causal, but for the S tokens in front: they see each other, and every action sees them.
-        mask = torch.ones(S + T, S + T, dtype=torch.bool, device=hidden.device).tril()
-        mask[:S, :S] = True
-        for block, *modulation in zip(self.blocks, modulations[0::2], modulations[1::2]):
-            hidden = block(hidden, modulation, mask, tokens)
-        return self.output(self.norm(hidden[:, S:]))
+        modulations, tokens, in_front = condition, None, 0
+        if self.mechanism.tokens:
+            modulations, tokens = [None] * 2 * len(self.blocks), condition
+        if self.mechanism.prepends:
+            hidden = torch.cat([tokens, hidden], dim=1)
+            in_front = tokens.shape[1]
+        mask = causal_mask(hidden.shape[1], in_front, hidden.device)
+        for block, first, second in zip(self.blocks, modulations[0::2], modulations[1::2]):
+            hidden = block(hidden, first, second, mask, tokens)
+        return self.output(self.norm(hidden[:, in_front:]))
+
+
+def causal_mask(steps, in_front, device):
+    """(steps, steps) bool, True where row may look at column: at itself and what came before.
+
+    The first `in_front` steps are the condition's tokens: they all see each other.
+    """
+    mask = torch.ones(steps, steps, dtype=torch.bool, device=device).tril()
+    mask[:in_front, :in_front] = True
+    return mask
 
 
 class TransformerBlock(nn.Module):
@@ -336,27 +266,33 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, mechanism, width, hidden, heads, dropout):
         super().__init__()
-        self.mechanism, self.dropout = mechanism, Dropout(dropout)
-        self.norm1, self.norm2 = mechanism.norm(width), mechanism.norm(width)
+        self.mechanism = mechanism
+        self.dropout = nn.Dropout(dropout)
+        self.norm1 = mechanism.norm(width)
+        self.norm2 = mechanism.norm(width)
         self.attention = Attention(width, heads, dropout)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), Dropout(dropout),
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout),
                                  nn.Linear(hidden, width))
-        if mechanism.tokens and not mechanism.prepends:
+        self.crosses = mechanism.tokens and not mechanism.prepends
+        if self.crosses:
             self.cross_norm = nn.LayerNorm(width)
             self.cross_attention = Attention(width, heads, dropout)
 
-    def forward(self, x, modulation, mask, tokens=None):
-        place, (first, second) = self.mechanism, modulation
-        hidden = place.normalised(self.norm1(x), first)
+    def forward(self, x, first, second, mask, tokens=None):
+        """first, second: the modulations of the two branches."""
+        hidden = self.mechanism.after_norm(self.norm1(x), first)
         branch = self.dropout(self.attention(hidden, hidden, mask))
-        x = x + place.gated(place.features(branch, first), first)
-        if tokens is not None:
+        branch = self.mechanism.modulate(branch, first)
+        x = x + self.mechanism.gate(branch, first)
+        if self.crosses:
             # Action t sees the timestep's token and observations 0..t: tokens 0..t+1.
             seen = torch.ones(x.shape[1], tokens.shape[1], dtype=torch.bool, device=x.device)
-            x = x + self.dropout(self.cross_attention(self.cross_norm(x), tokens, seen.tril(1)))
-        hidden = place.normalised(self.norm2(x), second)
+            branch = self.cross_attention(self.cross_norm(x), tokens, seen.tril(1))
+            x = x + self.dropout(branch)
+        hidden = self.mechanism.after_norm(self.norm2(x), second)
         branch = self.dropout(self.mlp(hidden))
-        return x + place.gated(place.features(branch, second), second)
+        branch = self.mechanism.modulate(branch, second)
+        return x + self.mechanism.gate(branch, second)
 
 
 class Attention(nn.Module):
@@ -365,61 +301,60 @@ class Attention(nn.Module):
     def __init__(self, width, heads, dropout):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, width)
 
     def forward(self, x, source, mask):
-        key_value = self.key_value(source).chunk(2, dim=-1)
-        query, key, value = (h.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B,heads,T,D/h)
-                             for h in (self.query(x), *key_value))
-        mixed = F.scaled_dot_product_attention(query, key, value, mask,
-                                               self.dropout if self.training else 0.0)
+        key, value = self.key_value(source).chunk(2, dim=-1)
+        query, key, value = (features.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                             for features in (self.query(x), key, value))    # (B,heads,T,D/heads)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
 # Sizes --------------------------------------------------------------------------------------------
 
+BACKBONES = {kind.name: kind for kind in (MLP, UNet, Transformer)}
 SIZES = {
-    ("mlp", "paper"): (MLP, dict(width=256, hidden=1024, depth=8, dropout=0.1)),
-    ("mlp", "laptop"): (MLP, dict(width=128, hidden=256, depth=4, dropout=0.0)),
-    ("unet", "paper"): (UNet, dict(time_dim=128, widths=(512, 1024, 2048), kernel=5)),
-    ("unet", "laptop"): (UNet, dict(time_dim=128, widths=(24, 48, 96), kernel=5)),
-    ("transformer", "paper"): (Transformer, dict(width=256, hidden=1024, heads=4, depth=8,
-                                                 dropout=0.3)),
-    ("transformer", "laptop"): (Transformer, dict(width=96, hidden=192, heads=4, depth=4,
-                                                  dropout=0.0)),
+    "paper": {
+        "mlp": dict(width=256, hidden=1024, depth=8, dropout=0.1),
+        "unet": dict(time_dim=128, widths=(512, 1024, 2048), kernel=5),
+        "transformer": dict(width=256, hidden=1024, heads=4, depth=8, dropout=0.3),
+    },
+    "laptop": {
+        "mlp": dict(width=128, hidden=256, depth=4, dropout=0.0),
+        "unet": dict(time_dim=128, widths=(24, 48, 96), kernel=5),
+        "transformer": dict(width=96, hidden=192, heads=4, depth=4, dropout=0.0),
+    },
 }
 
 
-def make_backbone(name, scale="laptop", action_dim=2, horizon=16, conditioning="film",
-                  width=None, depth=None):
+def make_backbone(name, scale="laptop", action_dim=2, horizon=16, conditioning="film", width=None):
     """A new backbone, randomly initialised, that takes its condition by the given mechanism.
 
-    width, depth: other than the scale's, for DP-MLP and DP-T; the hidden layers grow in proportion.
-    Raises ValueError for an unknown name or scale, a mechanism or size that this backbone cannot
+    width: other than the scale's, for DP-MLP and DP-T; the hidden layers grow in proportion.
+    Raises ValueError for an unknown name or scale, a mechanism or width that this backbone cannot
     take, or a horizon that it cannot halve.
     """
-    if (name, scale) not in SIZES:
-        raise ValueError(f"no backbone {name!r} of scale {scale!r}; there are: "
-                         + ", ".join(" ".join(key) for key in SIZES))
-    backbone_class, size = SIZES[name, scale]
-    if conditioning not in backbone_class.mechanisms:
+    if name not in BACKBONES or scale not in SIZES:
+        raise ValueError(f"no backbone {name!r} of scale {scale!r}; there are "
+                         f"{', '.join(BACKBONES)}, of scale {' or '.join(SIZES)}")
+    possible = BACKBONES[name].mechanisms
+    if conditioning not in possible:
         raise ValueError(f"backbone {name!r} cannot take conditioning {conditioning!r}; "
-                         f"possible: {', '.join(backbone_class.mechanisms)}")
-    if width or depth:
-        if "depth" not in size:
-            raise ValueError(f"backbone {name!r} has no width and depth to choose, mlp and "
-                             "transformer have")
-        width = width or size["width"]
-        if width % (2 * size.get("heads", 1)):
-            raise ValueError(f"width is {width}, but has to be a multiple of "
-                             f"{2 * size.get('heads', 1)}")
-        size = size | dict(width=width, hidden=width * size["hidden"] // size["width"],
-                           depth=depth or size["depth"])
-    backbone = backbone_class(action_dim, horizon, MECHANISMS[conditioning](), **size)
-    backbone.config = dict(name=name, scale=scale, action_dim=action_dim, horizon=horizon,
-                           conditioning=conditioning, width=width, depth=depth)
-    return backbone
+                         f"possible: {', '.join(possible)}")
+    size = dict(SIZES[scale][name])
+    if width is not None:
+        if "width" not in size:
+            raise ValueError(f"backbone {name!r} has no width to choose, mlp and transformer have")
+        multiple = 2 * size.get("heads", 1)
+        if width < multiple or width % multiple:
+            raise ValueError(f"width is {width}, but has to be a multiple of {multiple}")
+        size["hidden"] = width * size["hidden"] // size["width"]
+        size["width"] = width
+    return BACKBONES[name](action_dim, horizon, conditioning, **size)
 
 
 # The lesson ---------------------------------------------------------------------------------------
@@ -432,36 +367,53 @@ PAPER = {("unet", "film"): (244.06, 11.56), ("mlp", "film"): (4.78, 8.70),
          ("transformer", "cross-attention"): (8.43, 0.56)}
 
 
-def lesson(out):
-    """Print the parameters of every backbone with every mechanism, save out/heads.png.
+def count(module):
+    """The number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def make_pair(name, scale, conditioning):
+    """A backbone and its pathway as shapes without memory, on torch's meta device.
 
     Scale paper: the paper's actions and observations, without its image encoders. Laptop: PushT.
     """
+    with torch.device("meta"):
+        if scale == "paper":
+            horizon = 10 if name == "transformer" else 16
+            backbone = make_backbone(name, scale, 10, horizon, conditioning)
+            return backbone, make_conditioning(backbone, "none", horizon=2, size=137)
+        backbone = make_backbone(name, scale, conditioning=conditioning)
+        return backbone, make_conditioning(backbone, obs_steps=2, corners=[[0, 0]] * 8,
+                                           goal=[0, 0, 0])
+
+
+def lesson(out):
+    """Print who trains what, and the parameters of every backbone with every mechanism."""
     import matplotlib.pyplot as plt
+
+    backbone, pathway = make_pair("mlp", "laptop", "film")
+    print("1. Laptop DP-MLP with FiLM: normal training and stage 1 train all, stage 2 this:")
+    for part, module in (("backbone", backbone), ("conditioning", pathway)):
+        print(f"   {part:30}{count(module):11,} {'frozen' if module is backbone else 'trained'}")
+        for name, child in module.named_children():
+            print(f"   {'  .' + name:30}{count(child):11,}")
+
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    for axis, scale in zip(axes, ("paper", "laptop")):
-        print(f"\nScale {scale}, millions of parameters. Normal training and stage 1 train all, "
-              f"stage 2 freezes the backbone.\n{'':28}{'backbone':>10}{'condit.':>9}{'encoder':>9}"
-              f" | {'normal':>8} | stage 2: {'trained':>8}{'frozen':>9} | paper: backbone, condit.")
-        for name, conditioning in [(name, conditioning) for name in ("unet", "transformer", "mlp")
-                                   for conditioning in SIZES[name, scale][0].mechanisms]:
-            with torch.device("meta"):     # shapes without memory
-                if scale == "paper":
-                    horizon = 10 if name == "transformer" else 16
-                    backbone = make_backbone(name, scale, 10, horizon, conditioning)
-                    pathway = make_conditioning(backbone, "none", horizon=2, size=137)
-                else:
-                    backbone = make_backbone(name, scale, conditioning=conditioning)
-                    pathway = make_conditioning(backbone, obs_steps=2, corners=[[0, 0]] * 8,
-                                                goal=[0, 0, 0])
-            frozen, trained, encoder = (sum(p.numel() for p in module.parameters()) / 1e6
-                                        for module in (backbone, pathway, pathway.encoder))
-            paper = PAPER.get((name, conditioning)) if scale == "paper" else None
-            print(f"{name:12}{conditioning:16}{frozen:10.3f}{trained - encoder:9.3f}{encoder:9.3f}"
-                  f" | {frozen + trained:8.3f} |          {trained:8.3f}{frozen:9.3f} |"
-                  + (f" {paper[0]:14.2f}{paper[1]:9.2f}" if paper else ""))
-            for millions, height, color in ((frozen, 0.8, "lightsteelblue"), (trained, 0.4, "C1")):
-                axis.barh(f"{name}, {conditioning}", millions, height, color=color)
+    for axis, scale in zip(axes, SIZES):
+        print(f"\n2. Scale {scale}, millions of parameters                        paper:\n"
+              f"   {'':28}{'backbone':>10}{'condit.':>9}{'encoder':>9}{'backbone':>11}{'condit.':>9}")
+        for name, kind in BACKBONES.items():
+            for conditioning in kind.mechanisms:
+                modules = make_pair(name, scale, conditioning)
+                frozen, trained = (count(module) / 1e6 for module in modules)
+                encoder = count(modules[1].encoder) / 1e6
+                line = f"{frozen:10.3f}{trained - encoder:9.3f}{encoder:9.3f}"
+                if scale == "paper" and (name, conditioning) in PAPER:
+                    line += "{:11.2f}{:9.2f}".format(*PAPER[name, conditioning])
+                print(f"   {name:12}{conditioning:16}{line}")
+                label = f"{name}, {conditioning}"
+                axis.barh(label, frozen, 0.8, color="lightsteelblue")
+                axis.barh(label, trained, 0.4, color="C1")
         axis.set(xscale="log", xlim=(0.1, 500), title=f"scale {scale}",
                  xlabel="millions of parameters. Stage 2 freezes blue, trains orange")
         axis.invert_yaxis()

@@ -8,11 +8,13 @@ The recipe is `train_policy`, the training loop is `fit`: read these two first, 
 plumbing. Paper: section IV-B, eq. 9 and 10 (arXiv 2511.12101v1).
 """
 import argparse
+import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
-import signal
+import shlex
 import subprocess
 import sys
 import time
@@ -27,14 +29,14 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import sim_pusht
 from diffusion import DiffusionPolicy
 from film import MECHANISMS, make_conditioning
-from heads import SIZES, make_backbone
-from kinematics import MOTIONS, Motion, PlanarArm
+from heads import BACKBONES, count, make_backbone
+from kinematics import MOTIONS, PlanarArm
 
 HORIZON, OBS_STEPS, ACTION_DIM = 16, 2, 2      # T, To, A: the paper's, but for A = 10
 EVALUATION_SEED = 100_000                      # scenes from this seed on are in no demonstration
@@ -50,20 +52,24 @@ LEAD = 2
 # (Where time steps mix, all 16 and one draw: still twice the work.) At such rates training is on
 # the edge: hence the clipped gradients and the small betas[1].
 SETTINGS = {
-    "laptop": dict(batch_size=128, noise_samples=2, loss_steps=4, learning_rate=4e-3, warmup=100,
-                   betas=(0.9, 0.98), clip_norm=0.2, ema_decay=0.995, sampling_steps=10,
-                   stage1_steps=2500, steps={"full": 10000, "near": 8000},
-                   num_demos={"full": 2000, "near": 1500}, log_every=100, checkpoint_every=2000,
-                   play_every=1000,     # a multiple of log_every
-                   minutes={"full": "7 minutes on 2 cores", "near": "5 minutes on 2 cores"}),
-    "paper": dict(batch_size=64, noise_samples=1, loss_steps=None, learning_rate=1e-4, warmup=500,
-                  betas=(0.95, 0.999), clip_norm=math.inf, ema_decay=0.9999, sampling_steps=None,
-                  stage1_steps=45000, steps=83000, num_demos={"full": 2000, "near": 1500},
-                  log_every=100, checkpoint_every=2000, play_every=10000,
-                  minutes="hours on a GPU"),
+    "laptop": dict(
+        batch_size=128, noise_samples=2, loss_steps=4, sampling_steps=10,
+        learning_rate=4e-3, warmup=100, betas=(0.9, 0.98), clip_norm=0.2, ema_decay=0.995,
+        stage1_steps=2500, steps={"full": 18000, "near": 8000},
+        num_demos={"full": 2000, "near": 1500},
+        log_every=100, checkpoint_every=500, play_every=3000,     # multiples of log_every
+        time={"full": "8 minutes on 2 cores in bf16, 13 in fp32",
+              "near": "4 minutes on 2 cores in bf16, 6 in fp32"}),
+    "paper": dict(
+        batch_size=64, noise_samples=1, loss_steps=None, sampling_steps=None,
+        learning_rate=1e-4, warmup=500, betas=(0.95, 0.999), clip_norm=math.inf, ema_decay=0.9999,
+        stage1_steps=45000, steps=83000,
+        num_demos={"full": 2000, "near": 1500},
+        log_every=100, checkpoint_every=2000, play_every=10000,
+        time="hours on a GPU"),
 }
 SMOKE = dict(steps=150, stage1_steps=100, num_demos=40, log_every=25, play_every=100,
-             minutes="under a minute")
+             time="under a minute")
 
 
 # The recipe --------------------------------------------------------------------------------------
@@ -71,126 +77,142 @@ SMOKE = dict(steps=150, stage1_steps=100, num_demos=40, log_every=25, play_every
 def train_policy(config, run, demonstrations, device):
     """Normal and decoupled training, and their controls; returns the policy in evaluation mode."""
     backbone = make_backbone(config.backbone, config.scale, ACTION_DIM, HORIZON,
-                             config.conditioning, config.width, config.depth)
-
-    def new_policy(observation, **settings):
-        conditioning = make_conditioning(backbone, observation, **settings)
-        noise_samples, loss_steps = ((1, None) if backbone.mixes_time else
-                                     (config.noise_samples, config.loss_steps))
-        return DiffusionPolicy(conditioning, backbone, ACTION_SCALE, OBS_STEPS,
-                               config.executed_actions, config.sampling_steps,
-                               not config.absolute_actions, noise_samples, loss_steps).to(device)
-
+                             config.conditioning, config.width)
     if config.recipe in ("decoupled", "pretrained") and not run.is_past("stage1"):
         # Stage 1: backbone and a conditioning on joint angles, on free kinematic data.
-        policy = new_policy(config.pretrain_condition, horizon=config.pretrain_tokens)
-        next_batch = kinematic_batches(demonstrations, config, device)
-        fit("stage1", policy, policy, next_batch, config, run)
+        conditioning = make_conditioning(backbone, config.pretrain_condition, horizon=HORIZON)
+        policy = make_policy(conditioning, backbone, config).to(device)
+        fit("stage1", policy, policy, kinematic_batches(demonstrations, config, device), config, run)
 
     # Stage 2, with a fresh conditioning on observations. Normal training is this alone.
-    policy = new_policy("state", obs_steps=OBS_STEPS, corners=sim_pusht.KEYPOINTS.tolist(),
-                        goal=sim_pusht.GOAL.tolist(), features=config.features)
+    conditioning = make_conditioning(backbone, "state", obs_steps=OBS_STEPS,
+                                     corners=sim_pusht.KEYPOINTS.tolist(),
+                                     goal=sim_pusht.GOAL.tolist())
+    policy = make_policy(conditioning, backbone, config).to(device)
     trained = policy
     if config.recipe in ("decoupled", "random-frozen"):
-        backbone.requires_grad_(False)     # by module: all of it, and nothing else
+        freeze(backbone)
         trained = policy.conditioning
-        if config.train_key_values:        # not in the paper, see --help
-            thawed = [block.cross_attention.key_value for block in backbone.blocks]
-            trained = nn.ModuleList([policy.conditioning, *thawed]).requires_grad_(True)
-    fit("stage2", policy, trained, demonstration_batches(demonstrations, config, device),
-        config, run)
+    fit("stage2", policy, trained, demonstration_batches(demonstrations, config, device), config, run)
     return policy.eval()
 
 
-def fit(stage, policy, trained, next_batch, config, run):
+def make_policy(conditioning, backbone, config):
+    noise_samples, loss_steps = config.noise_samples, config.loss_steps
+    if backbone.mixes_time:     # all 16 steps of a chunk are needed, and work enough
+        noise_samples, loss_steps = 1, None
+    return DiffusionPolicy(conditioning, backbone, ACTION_SCALE, (0.0, sim_pusht.BOARD), OBS_STEPS,
+                           config.executed_actions, config.sampling_steps,
+                           noise_samples=noise_samples, loss_steps=loss_steps)
+
+
+def freeze(backbone):
+    """Stage 2 trains no weight of the backbone, and all others: the cut is made by module.
+
+    The official code freezes every tensor whose name and shape match one of stage 1, so equal
+    sizes of two conditions would freeze FiLM as well.
+    """
+    backbone.requires_grad_(False)
+
+
+def fit(stage, policy, trained, batches, config, run):
     """Train the module `trained` (the policy, or a part of it) to lower policy.loss.
 
     AdamW, warm-up then cosine to zero, and an exponential moving average (EMA) of the weights,
-    which is what is left in `trained` at the end. `next_batch()` gives the arguments of
-    policy.loss. Ctrl-C saves a checkpoint after the present update and raises KeyboardInterrupt;
-    a loss that becomes NaN raises ArithmeticError and leaves the last checkpoint as it is.
+    which is what is left in `trained` at the end. next(batches): the arguments of policy.loss.
+    `run` keeps log and checkpoints between the updates, and may end them (see Run.updates).
     """
     steps = config.stage1_steps if stage == "stage1" else config.steps
-    tqdm.write(f"{stage}: {steps:,} updates; trained {count(trained):,} parameters, "
-               f"frozen {count(policy) - count(trained):,}")
     optimizer = torch.optim.AdamW(trained.parameters(), lr=config.learning_rate,
                                   betas=config.betas, weight_decay=1e-6, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (
-        min(1, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, config.warmup, steps))
     # Frozen weights need no average: only the trained part is copied.
-    average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-    parts = dict(policy=policy, average=average, optimizer=optimizer, schedule=schedule)
-    done, total, logged = run.restore(stage, parts), 0.0, 0
-    start, interrupts = time.perf_counter() - run.seconds.get(stage, 0), []
-    handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
-    policy.train()
-    try:
-        bar = tqdm(range(done + 1, steps + 1), stage, initial=done, total=steps, mininterval=1)
-        for step in bar:
-            with torch.autocast(config.device, torch.bfloat16, config.precision == "bf16"):
-                loss = policy.loss(*next_batch())
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained.parameters(), config.clip_norm)
-            optimizer.step()
-            schedule.step()
-            average.update_parameters(trained)
-            total, logged = total + loss.detach(), logged + 1
-            if step % config.log_every == 0 or step == steps or interrupts:
-                mean, total, logged = float(total) / logged, 0.0, 0   # a read waits for the GPU
-                if not math.isfinite(mean):
-                    raise ArithmeticError(f"the loss became {mean} in {stage}, update {step}; try "
-                                          "a lower --learning-rate than "
-                                          f"{config.learning_rate:g}")
-                bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-                run.seconds[stage] = time.perf_counter() - start
-                success = ""
-                if stage == "stage2" and step % config.play_every == 0 and step < steps:
-                    success = try_out(policy, trained, average, config)
-                    pause = time.perf_counter() - start - run.seconds[stage]
-                    run.seconds["evaluation"] = run.seconds.get("evaluation", 0) + pause
-                    start += pause
-                run.log(stage, step, mean, schedule.get_last_lr()[0], success)
-            if step % config.checkpoint_every == 0 or step == steps or interrupts:
-                run.checkpoint(stage, step, parts)
-            if interrupts:
-                raise KeyboardInterrupt
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    average = AveragedModel(trained, multi_avg_fn=functools.partial(ema_update, config.ema_decay))
+    policy.train()     # frozen or not: as in the paper, dropout stays on in a frozen backbone
+    for _ in run.updates(stage, steps, policy, trained, average, optimizer, schedule):
+        with torch.autocast(config.device, torch.bfloat16, config.precision == "bf16"):
+            loss = policy.loss(*next(batches))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), config.clip_norm)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(trained)
+        run.record(loss)
     trained.load_state_dict(average.module.state_dict())
 
 
-def count(module):
-    return sum(parameter.numel() for parameter in module.parameters())
+def learning_rate_factor(step, warmup, steps):
+    """The share of the highest learning rate in update `step`, which counts from 0."""
+    return min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def ema_decay(step, cap):
+    """How much of the average is kept in update `step`: it grows, so that the start is forgotten.
+
+    As in the official code (EMAModel with power 0.75), which copies twice before it averages.
+    """
+    return min(cap, 1 - (1 + step) ** -0.75)
+
+
+@torch.no_grad()
+def ema_update(cap, averages, weights, num_averaged):
+    """For AveragedModel: average = decay * average + (1 - decay) * weight, in place."""
+    decay = ema_decay(int(num_averaged) - 1, cap)
+    for average, weight in zip(averages, weights):
+        average.lerp_(weight, 1 - decay)
 
 
 # The data ----------------------------------------------------------------------------------------
 
 def kinematic_batches(demonstrations, config, device):
-    """Stage 1: () -> joint angles (B,T,N), end-effector positions (B,T,A), present position (B,A).
+    """Stage 1: yields joint angles (B,T,N), end-effector positions (B,T,A), present position (B,A).
 
     Angles and positions are of the same instants, as in the paper: what the denoiser learns is
     forward kinematics. Each window is new, made on the device and never stored.
     --pretrain-condition takes the positions themselves or nothing instead of the angles (section
     IV-D of v2), --pretrain-data another motion, or the agent's own in the demonstrations.
     """
-    length, arm = HORIZON + LEAD, PlanarArm(motion=MOTIONS.get(config.pretrain_data, Motion()))
-    generator = (torch.default_generator if device.type == "cpu"
-                 else torch.cuda.default_generators[torch.cuda.current_device()])
-    if config.pretrain_data == "demonstrations":
-        agents = torch.as_tensor(demonstrations["state"][:, :2], dtype=torch.float32, device=device)
-        joints, window = arm.inverse(agents), windows(demonstrations, 0, length, device)
-
-    def next_batch():
-        if config.pretrain_data == "demonstrations":
-            chosen = window[torch.randint(len(window), (config.batch_size,), device=device)]
-            angles, positions = joints[chosen], agents[chosen]
+    own_motion = config.pretrain_data == "demonstrations"
+    arm = PlanarArm(motion=MOTIONS["arm" if own_motion else config.pretrain_data])
+    generator = torch.default_generator
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    if own_motion:
+        agents = on_device(demonstrations, "state", device)[:, :2]
+        window = windows(demonstrations, 0, HORIZON + LEAD, device)
+    while True:
+        if own_motion:
+            positions = agents[draw(window, config.batch_size)]
+            angles = arm.inverse(positions)
         else:
-            angles, positions = arm.sample_windows(config.batch_size, length, generator)
+            angles, positions = arm.sample_windows(config.batch_size, HORIZON + LEAD, generator)
         condition = angles if config.pretrain_condition == "joints" else positions
-        return (condition[:, LEAD:LEAD + config.pretrain_tokens], positions[:, LEAD:],
-                positions[:, OBS_STEPS - 1])
-    return next_batch
+        yield condition[:, LEAD:], positions[:, LEAD:], positions[:, OBS_STEPS - 1]
+
+
+def demonstration_batches(demonstrations, config, device):
+    """Stage 2: yields states (B,To,5), actions (B,T,A), random windows of the demonstrations.
+
+    A window starts one step before the present. Steps that are repeated at an episode's edges
+    count in the loss, as in the official code.
+    """
+    states = on_device(demonstrations, "state", device)
+    actions = on_device(demonstrations, "action", device)
+    window = windows(demonstrations, 1 - OBS_STEPS, HORIZON, device)
+    while True:
+        chosen = draw(window, config.batch_size)
+        yield states[chosen[:, :OBS_STEPS]], actions[chosen]
+
+
+def on_device(demonstrations, key, device):
+    return torch.as_tensor(demonstrations[key], dtype=torch.float32, device=device)
+
+
+def draw(window, batch_size):
+    """`batch_size` random rows of the frames' windows."""
+    return window[torch.randint(len(window), (batch_size,), device=window.device)]
 
 
 def windows(demonstrations, first, length, device):
@@ -206,22 +228,6 @@ def windows(demonstrations, first, length, device):
     return window.clamp(starts[:, None], ends[episode, None] - 1)
 
 
-def demonstration_batches(demonstrations, config, device):
-    """Stage 2: () -> states (B,To,5), actions (B,T,A), random windows of the demonstrations.
-
-    A window starts one step before the present. Steps that are repeated at an episode's edges
-    count in the loss, as in the official code.
-    """
-    states, actions = (torch.as_tensor(demonstrations[key], dtype=torch.float32, device=device)
-                       for key in ("state", "action"))
-    window = windows(demonstrations, 1 - OBS_STEPS, HORIZON, device)
-
-    def next_batch():
-        chosen = window[torch.randint(len(window), (config.batch_size,), device=device)]
-        return states[chosen[:, :OBS_STEPS]], actions[chosen]
-    return next_batch
-
-
 def get_demonstrations(config):
     """The file of --demos, or the scripted expert's demonstrations, made once and kept in runs/."""
     path = config.demos
@@ -232,13 +238,14 @@ def get_demonstrations(config):
         if not path.exists():
             demonstrations = sim_pusht.expert_demonstrations(config.num_demos, config.task, seed=0)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, lambda unfinished: np.savez_compressed(unfinished, **demonstrations))
+            with whole(path) as unfinished:
+                np.savez_compressed(unfinished, **demonstrations)
     demonstrations = sim_pusht.load_demonstrations(path)
     ends = demonstrations["episode_ends"][:config.num_demos]
     if config.num_demos and len(ends) < config.num_demos:
         raise ValueError(f"--num-demos {config.num_demos}, but {path} holds {len(ends)}")
-    return {key: demonstrations[key][:ends[-1]] for key in ("state", "action")} | {
-        "episode_ends": ends}
+    return dict(state=demonstrations["state"][:ends[-1]],
+                action=demonstrations["action"][:ends[-1]], episode_ends=ends)
 
 
 # Evaluation --------------------------------------------------------------------------------------
@@ -252,9 +259,22 @@ def evaluate(policy, task, episodes, max_steps=300):
                           policy.obs_steps)
 
 
-def try_out(policy, trained, average, config):
-    """Success on the way: the averaged weights in 50 of the scenes. Training goes on as if nothing
-    had happened, and nothing is selected by it (the paper reports the best of 50 checkpoints)."""
+def scores(result):
+    """Score and success rate with standard errors; the definitions are the benchmark's."""
+    coverage = result["max_coverage"]
+    score = np.clip(coverage / 0.95, 0, 1)
+    success = coverage > 0.95
+    root = len(coverage) ** 0.5
+    return dict(episodes=len(coverage),
+                score=float(score.mean()), score_se=float(score.std() / root),
+                success_rate=float(success.mean()), success_se=float(success.std() / root),
+                max_coverage=float(coverage.mean()),
+                final_coverage=float(result["final_coverage"].mean()))
+
+
+def success_on_the_way(policy, trained, average, config):
+    """The averaged weights in 50 of the scenes. Training goes on as if nothing had happened, and
+    nothing is selected by it (the paper reports the best of 50 checkpoints)."""
     present = {name: weight.clone() for name, weight in trained.state_dict().items()}
     trained.load_state_dict(average.module.state_dict())
     result = evaluate(policy.eval(), config.task, min(50, config.episodes))
@@ -263,104 +283,168 @@ def try_out(policy, trained, average, config):
     return scores(result)["success_rate"]
 
 
-def scores(result):
-    """Score and success rate with standard errors; the definitions are the benchmark's."""
-    score = np.clip(result["max_coverage"] / 0.95, 0, 1)
-    success = result["max_coverage"] > 0.95
-    n = len(score)
-    return dict(episodes=n, score=score.mean(), score_se=score.std() / n ** 0.5,
-                success_rate=success.mean(), success_se=success.std() / n ** 0.5,
-                max_coverage=result["max_coverage"].mean(),
-                final_coverage=result["final_coverage"].mean())
-
-
 def draw_curves(rows, summary, path):
+    """Loss of each stage and success on the way, from the rows of metrics.csv."""
     import matplotlib.pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for stage in dict.fromkeys(row[0] for row in rows):
-        steps, losses = zip(*[(row[1], row[3]) for row in rows if row[0] == stage])
-        left.plot(steps, losses, label=stage)
+    for stage in ("stage1", "stage2"):
+        curve = [(step, loss) for name, step, _, loss, *_ in rows if name == stage]
+        left.plot(*np.reshape(curve, (-1, 2)).T, label=stage)
     left.set(xlabel="update", ylabel="noise-prediction error (MSE)", yscale="log")
     left.legend()
-    played = [(row[1], row[5]) for row in rows if row[5] != ""]
+    played = [(step, success) for _, step, *_, success in rows if success != ""]
     right.plot(*zip(*played, (rows[-1][1], summary["success_rate"])), "C1o-")
     right.set(xlabel="update of stage 2", ylabel="success (50 scenes; the last: all)", ylim=(0, 1))
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    write(path, lambda unfinished: figure.savefig(unfinished, dpi=110))
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=110)
     plt.close(figure)
 
 
 # A run and its folder ----------------------------------------------------------------------------
 
-def write(path, content):
-    """Write a file that appears under its name only when it is complete.
-
-    content: text, or a function that writes to the path that it is given.
-    """
+@contextlib.contextmanager
+def whole(path):
+    """The name under which to write a file: it appears as `path` only when it is complete."""
     unfinished = path.with_name(f"unfinished-{os.getpid()}-{path.name}")
-    unfinished.write_text(content) if isinstance(content, str) else content(unfinished)
-    unfinished.replace(path)
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def timed(seconds, phase):
+    """Add what the block takes to seconds[phase]."""
+    start = time.perf_counter()
+    yield
+    seconds[phase] = seconds.get(phase, 0) + time.perf_counter() - start
 
 
 class Run:
-    """What a run keeps: seconds per phase, the rows of metrics.csv, its checkpoint.
+    """What a run keeps: its folder, seconds per phase, the rows of metrics.csv, its checkpoint.
 
-    With --resume it goes on from checkpoint.pt. Raises ValueError if there is none or if it is
-    another configuration's, if the folder holds a run that would be lost; OSError if the folder
-    cannot be written.
+    A folder belongs to the run whose config.json is in it, from its first moment on. With --resume
+    the run goes on from checkpoint.pt. Raises ValueError if there is none or if it is another
+    configuration's, if the folder holds another run; OSError if the folder cannot be written.
     """
-    MAY_DIFFER = "out", "resume", "evaluate", "device", "threads", "command"     # the same work
+    MAY_DIFFER = "out", "resume", "device", "command"     # the work is the same
 
     def __init__(self, config):
-        self.folder, self.seconds, self.rows, self.saved = config.out, {}, [], None
-        checkpoint, kept = self.folder / "checkpoint.pt", self.folder / "config.json"
-        text = json.dumps({key: value for key, value in vars(config).items()
-                           if key not in self.MAY_DIFFER}, indent=1, default=str)
+        self.config, self.saved = config, None
+        self.seconds, self.rows, self.losses = {}, [], []
+        self.folder = config.out or default_folder(config)
+        settings = {key: value for key, value in vars(config).items() if key not in self.MAY_DIFFER}
+        settings["format"] = DiffusionPolicy.FILE_FORMAT
+        text = json.dumps(settings, indent=1, default=str)
         if config.resume:
-            try:
-                before, asked = json.loads(kept.read_text()), json.loads(text)
-                self.saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-                self.rows, self.seconds = self.saved["rows"], self.saved["seconds"]
-            except FileNotFoundError:
-                raise ValueError(f"nothing to resume: no checkpoint in {self.folder}") from None
-            except Exception as error:     # torch raises many kinds for a damaged file
-                raise ValueError(f"{checkpoint} is damaged: {type(error).__name__}") from None
-            changed = [f"{key} was {before.get(key)!r}, is {asked.get(key)!r}"
-                       for key in before | asked if before.get(key) != asked.get(key)]
-            if changed:
-                raise ValueError("--resume needs the run's own flags: " + "; ".join(changed))
-        elif checkpoint.exists():
-            raise ValueError(f"{self.folder} holds a run: --resume it, or choose another --out")
+            self.load(json.loads(text))
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        write(kept, text)
+        try:
+            with open(self.folder / "config.json", "x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            raise ValueError(f"{self.folder} holds a run: --resume it, or choose another --out") \
+                from None
 
-    def log(self, stage, step, loss, learning_rate, success):
-        self.rows.append([stage, step, round(self.seconds[stage], 2), loss, learning_rate, success])
-        lines = [["stage", "step", "seconds", "loss", "learning_rate", "success"], *self.rows]
-        write(self.folder / "metrics.csv", "".join(",".join(map(str, row)) + "\n" for row in lines))
+    def load(self, asked):
+        """Read the checkpoint, and make sure that it is of the configuration `asked` for."""
+        read = self.folder / "config.json"
+        try:
+            before = json.loads(read.read_text(encoding="utf-8"))
+            read = self.folder / "checkpoint.pt"
+            self.saved = torch.load(read, map_location="cpu", weights_only=True)
+            self.rows, self.seconds = self.saved["rows"], self.saved["seconds"]
+        except FileNotFoundError:
+            raise ValueError(f"nothing to resume: there is no {read}; without it start anew, in "
+                             "another folder") from None
+        except Exception as error:     # torch raises many kinds for a damaged file
+            raise ValueError(f"{read} is damaged: {type(error).__name__}") from None
+        changed = [f"{key} was {before.get(key)!r}, is {asked.get(key)!r}"
+                   for key in before | asked if before.get(key) != asked.get(key)]
+        if changed:
+            raise ValueError("--resume needs the run's own flags: " + "; ".join(changed))
+
+    def is_past(self, stage):
+        return self.saved is not None and self.saved["stage"] > stage
+
+    def updates(self, stage, steps, policy, trained, average, optimizer, schedule):
+        """Yield the numbers of the updates that are left to do; do the book-keeping in between.
+
+        Whatever ends the process, --resume goes on from the last checkpoint, bit for bit. A loss
+        that becomes NaN raises ArithmeticError and leaves that checkpoint as it is.
+        """
+        tqdm.write(f"{stage}: {steps:,} updates; trained {count(trained):,} parameters, "
+                   f"frozen {count(policy) - count(trained):,}")
+        config = self.config
+        parts = dict(policy=policy, average=average, optimizer=optimizer, schedule=schedule)
+        done = self.restore(stage, parts)
+        bar = tqdm(range(done + 1, steps + 1), stage, initial=done, total=steps, mininterval=1)
+        for step in bar:
+            with timed(self.seconds, stage):
+                yield step
+            if step % config.log_every == 0 or step == steps:
+                success = ""
+                if stage == "stage2" and step % config.play_every == 0 and step < steps:
+                    with timed(self.seconds, "evaluation"):
+                        success = success_on_the_way(policy, trained, average, config)
+                self.log(stage, step, schedule.get_last_lr()[0], success)
+                bar.set_postfix(loss=f"{self.rows[-1][3]:.4f}", refresh=False)
+            if step % config.checkpoint_every == 0 or step == steps:
+                self.checkpoint(stage, step, parts)
+
+    def record(self, loss):
+        self.losses.append(loss.detach())
+
+    def log(self, stage, step, learning_rate, success):
+        """A row of metrics.csv, which is written anew: an interrupted run's may be ahead of it."""
+        with timed(self.seconds, stage):
+            loss = float(torch.stack(self.losses).mean())     # waits for the GPU
+        self.losses = []
+        if not math.isfinite(loss):
+            raise ArithmeticError(f"the loss became {loss} in {stage}, update {step}; try a lower "
+                                  f"--learning-rate than {self.config.learning_rate:g}")
+        seconds = round(self.seconds[stage], 2)
+        self.rows.append([stage, step, seconds, loss, learning_rate, success])
+        header = ["stage", "step", "seconds", "loss", "learning_rate", "success"]
+        lines = [",".join(map(str, row)) + "\n" for row in [header, *self.rows]]
+        with contextlib.suppress(PermissionError):     # open in a spreadsheet: the next time, then
+            with whole(self.folder / "metrics.csv") as unfinished:
+                unfinished.write_text("".join(lines), encoding="utf-8")
 
     def checkpoint(self, stage, step, parts):
         """Keep all that `fit` needs to go on as if nothing had happened."""
         saved = {name: part.state_dict() for name, part in parts.items()}
         saved.update(stage=stage, step=step, rows=self.rows, seconds=self.seconds,
-                     cpu_random=torch.get_rng_state(),
-                     cuda_random=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-        write(self.folder / "checkpoint.pt", lambda unfinished: torch.save(saved, unfinished))
-
-    def is_past(self, stage):
-        return self.saved is not None and self.saved["stage"] > stage
+                     cpu_random=torch.get_rng_state(), cuda_random=[])
+        if torch.cuda.is_available():
+            saved["cuda_random"] = torch.cuda.get_rng_state_all()
+        with whole(self.folder / "checkpoint.pt") as unfinished:
+            torch.save(saved, unfinished)
 
     def restore(self, stage, parts):
         """Load the checkpoint if it is of this stage; returns how many updates are done."""
         if self.saved is None or self.saved["stage"] != stage:
+            self.checkpoint(stage, 0, parts)
             return 0
         for name, part in parts.items():
             part.load_state_dict(self.saved[name])
         torch.set_rng_state(self.saved["cpu_random"])
-        if torch.cuda.is_available():
+        if self.saved["cuda_random"]:
             torch.cuda.set_rng_state_all(self.saved["cuda_random"])
         return self.saved["step"]
+
+
+def default_folder(config):
+    """The first free one of runs/<what distinguishes the run>, ...-2, ...; to resume: the last."""
+    name = (f"{config.backbone}-{config.conditioning}-{config.recipe}-{config.task}-{config.scale}-"
+            f"seed{config.seed}{'-smoke' * config.smoke}").replace("-film", "")
+    folders = [Path("runs", name)] + [Path("runs", f"{name}-{i}") for i in range(2, 1000)]
+    taken = [folder for folder in folders if (folder / "config.json").exists()]
+    if config.resume:
+        return taken[-1] if taken else folders[0]
+    return next(folder for folder in folders if folder not in taken)
 
 
 def code_version():
@@ -374,43 +458,33 @@ def code_version():
 
 def summarise(policy, config, folder, seconds):
     """Evaluate the policy, draw it into `folder`, write and return summary.json."""
-    clock = time.perf_counter()
-    result = evaluate(policy, config.task, config.episodes)
-    seconds["evaluation"] = seconds.get("evaluation", 0) + time.perf_counter() - clock
-    clock = time.perf_counter()
-    sim_pusht.draw_rollouts(result["states"], result["length"], folder)
-    seconds["figures"] = time.perf_counter() - clock
+    with timed(seconds, "evaluation"):
+        result = evaluate(policy, config.task, config.episodes)
+    with timed(seconds, "figures"):
+        sim_pusht.draw_rollouts(result["states"], result["length"], folder)
     summary = dict(command=config.command, task=config.task, seed=config.seed, **scores(result),
                    executed_actions=config.executed_actions, device=config.device,
                    threads=torch.get_num_threads(), torch=torch.__version__, commit=code_version())
     if not config.evaluate:
-        updates = dict(stage1=config.stage1_steps, stage2=config.steps)
         frozen = sum(p.numel() for p in policy.parameters() if not p.requires_grad)
-        summary |= dict(
+        updates = dict(stage1=config.stage1_steps, stage2=config.steps)
+        summary.update(
             backbone=config.backbone, conditioning=config.conditioning, recipe=config.recipe,
-            scale=config.scale, parameters=dict(
-                backbone=count(policy.backbone), conditioning=count(policy.conditioning),
-                trained=count(policy) - frozen, frozen=frozen),
-            seconds=seconds | dict(total=sum(seconds.values())),
+            scale=config.scale, precision=config.precision,
+            parameters=dict(backbone=count(policy.backbone),
+                            conditioning=count(policy.conditioning),
+                            trained=count(policy) - frozen, frozen=frozen),
+            seconds=dict(seconds, total=sum(seconds.values())),
             iterations_per_second={stage: updates[stage] / seconds[stage]
                                    for stage in updates if stage in seconds})
-    write(folder / "summary.json", json.dumps(summary, indent=1, default=float))
+    with whole(folder / "summary.json") as unfinished:
+        unfinished.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return summary
 
 
 # The command line --------------------------------------------------------------------------------
 
-def positive(kind):
-    """An argparse type: an int or a float above 0."""
-    def number(text):
-        if not 0 < kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not positive")
-        return kind(text)
-    return number
-
-
-def parse(arguments):
-    """The configuration, every default filled in, and the function that reports bad input."""
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     # One line instead of the whole usage text.
@@ -418,146 +492,173 @@ def parse(arguments):
 
     group = parser.add_argument_group("the recipe")
     flag, recipe = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    flag("--backbone", default="mlp", choices=sorted({name for name, _ in SIZES}))
+    flag("--backbone", default="mlp", choices=sorted(BACKBONES), help="DP-MLP, DP-T or DP-C; "
+         "default mlp, which a laptop trains best")
     flag("--conditioning", default="film", choices=MECHANISMS, help="how the backbone takes its "
-         "condition; default film")
+         "condition; default film, the paper's")
     recipe("--decoupled", dest="recipe", action="store_const", const="decoupled", default="normal",
            help="pretrain the backbone on free kinematic data, freeze it, train the conditioning; "
-           "default: train everything at once, on demonstrations")
+           "default: normal, train everything at once, on demonstrations")
     recipe("--random-backbone", dest="recipe", action="store_const", const="random-frozen",
-           help="control: freeze a backbone that learned nothing")
+           help="control: freeze a backbone that learned nothing; default: normal")
     recipe("--pretrained", dest="recipe", action="store_const", const="pretrained",
-           help="control: as --decoupled, but freeze nothing")
-    flag("--task", default="full", choices=["full", "near"], help="the benchmark's start scenes, or "
-         "the quick lesson: block within 60 px and 0.75 rad of the goal; default full")
+           help="control: as --decoupled, but freeze nothing; default: normal")
+    flag("--task", default="full", choices=["full", "near"], help="the benchmark's start scenes, "
+         "or the quick lesson: block within 60 px and 0.75 rad of the goal; default full")
     flag("--seed", type=int, default=0, help="of initialisation and batches; default 0")
-    flag("--smoke", action="store_true", help="all of it once in under a minute, without success")
+    flag("--smoke", action="store_true", help="all of it once in under a minute, without success; "
+         "default: off")
 
     flag = parser.add_argument_group("stage 1").add_argument
     flag("--pretrain-condition", default="joints", choices=["joints", "pose", "none"], help="what "
-         "the denoiser is conditioned on; default joints")
+         "the denoiser is conditioned on; default joints, the paper's")
     flag("--pretrain-data", default="arm", choices=[*MOTIONS, "demonstrations"], help="the motion: "
          "of kinematics.py, with too fast or too smooth statistics, or the agent's own in the "
          "demonstrations; default arm")
-    flag("--pretrain-tokens", type=int, choices=range(1, HORIZON + 1), default=HORIZON, metavar="N",
-         help="condition on the first N of the 16 steps; default all, as in the paper")
-    flag("--train-key-values", action="store_true", help="with cross-attention and a frozen "
-         "backbone: leave what projects the condition's tokens trainable")
 
-    flag = parser.add_argument_group("size and training; * is set by --scale").add_argument
-    flag("--scale", choices=SETTINGS, help="default laptop on a CPU, paper on a GPU")
-    flag("--width", type=positive(int), help="of DP-MLP or DP-T instead of the scale's")
-    flag("--depth", type=positive(int), help="blocks of DP-MLP or DP-T instead of the scale's")
+    flag = parser.add_argument_group("size and training (paper: with --scale paper)").add_argument
+    flag("--scale", default="laptop", choices=SETTINGS, help="small and fast, or the paper's sizes "
+         "and settings, hours on a GPU; default laptop")
+    flag("--width", type=int, metavar="D", help="of DP-MLP or DP-T; default 128 and 96, paper 256")
     flag("--demos", metavar="FILE", type=Path, help="demonstrations from an .npz (state, action, "
-         "episode_ends) instead of the scripted expert's")
-    flag("--num-demos", type=positive(int), help="* how many demonstrations; of a file, all")
-    flag("--stage1-steps", type=positive(int), help="* updates in stage 1")
-    flag("--steps", type=positive(int), help="* updates in stage 2, or in normal training")
-    flag("--batch-size", type=positive(int), help="* observations in an update")
-    flag("--learning-rate", type=positive(float), help="* the highest, after warm-up")
-    flag("--features", default="relative", choices=["relative", "keypoints"], help="what the "
-         "observation encoder looks at (film.StateEncoder); default relative")
-    flag("--absolute-actions", action="store_true", help="denoise positions on the board, as the "
-         "paper does, not displacements from the agent")
-    flag("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16 is faster on a GPU or a "
-         "CPU with AVX512-BF16; default fp32")
-    flag("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    flag("--threads", type=positive(int), help="CPU threads; default all cores")
+         "episode_ends); default: the scripted expert's")
+    flag("--num-demos", type=int, metavar="N", help="how many demonstrations; default 2000, near "
+         "1500, of a file all")
+    flag("--stage1-steps", type=int, metavar="N", help="updates in stage 1; default 2500, paper "
+         "45000")
+    flag("--steps", type=int, metavar="N", help="updates in stage 2, or in normal training; "
+         "default 18000, near 8000, paper 83000")
+    flag("--learning-rate", type=float, metavar="X", help="the highest, after warm-up; default "
+         "0.004, paper 0.0001")
+    flag("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="default auto: bf16 "
+         "where it is faster (a GPU that has it; DP-MLP, DP-C on a CPU with AVX512-BF16), else fp32")
+    flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default auto: cuda "
+         "where there is one")
 
     flag = parser.add_argument_group("evaluation and files").add_argument
-    flag("--episodes", type=positive(int), default=200, help="evaluation scenes; default 200")
+    flag("--episodes", type=int, default=200, metavar="N", help="evaluation scenes; default 200")
     flag("--executed-actions", type=int, choices=range(1, HORIZON - OBS_STEPS + 2), default=8,
          metavar="N", help="how many actions of each chunk of 16 are carried out; default 8, the "
          "paper's")
     flag("--evaluate", metavar="POLICY", type=Path, help="train nothing, score this policy.pt (see "
-         "--task, --episodes, --executed-actions)")
-    flag("--out", type=Path, help="the run's folder; default runs/<what distinguishes it>")
-    flag("--resume", action="store_true", help="go on from the checkpoint in the run's folder")
+         "--task, --episodes, --executed-actions); default: train")
+    flag("--out", type=Path, metavar="FOLDER", help="the run's folder; default runs/<what "
+         "distinguishes it>")
+    flag("--resume", action="store_true", help="go on from the checkpoint in the run's folder; "
+         "default: a new run")
+    return parser
 
+
+def parse(arguments=None):
+    """The configuration, every default filled in, and the function that reports bad input."""
+    parser = make_parser()
     config = parser.parse_args(arguments)
-    config.command = " ".join(["python train.py",
-                               *(sys.argv[1:] if arguments is None else arguments)])
+    given = sys.argv[1:] if arguments is None else arguments
+    config.command = shlex.join(["python", "train.py", *given])
+    for key in ("width", "num_demos", "stage1_steps", "steps", "learning_rate", "episodes"):
+        value = getattr(config, key)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{key.replace('_', '-')} {value} is not positive")
     if config.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but this PyTorch sees no CUDA GPU; allowed here: cpu, auto")
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.train_key_values and (config.conditioning != "cross-attention" or
-                                    config.recipe not in ("decoupled", "random-frozen")):
-        parser.error("--train-key-values needs --conditioning cross-attention and a frozen backbone")
-    config.scale = config.scale or ("paper" if config.device == "cuda" else "laptop")
+    if config.precision == "auto":
+        config.precision = "bf16" if has_fast_bf16(config.device, config.backbone) else "fp32"
     for key, value in (SETTINGS[config.scale] | (SMOKE if config.smoke else {})).items():
-        if getattr(config, key, None) is None and not (key == "num_demos" and config.demos):
+        file_decides = key == "num_demos" and config.demos
+        if getattr(config, key, None) is None and not file_decides:
             setattr(config, key, value[config.task] if isinstance(value, dict) else value)
     if config.smoke:
         config.episodes = min(config.episodes, 16)
-    if config.out is None:
-        name = "-".join([config.backbone, *([config.conditioning] if config.conditioning != "film"
-                                            else []), config.recipe, config.task, config.scale,
-                         f"seed{config.seed}", *(["smoke"] if config.smoke else [])])
-        folders = [Path("runs") / (f"{name}-{i}" if i > 1 else name) for i in range(1, 1000)]
-        # A new run never writes over an older one; --resume means the latest.
-        free = next(i for i, folder in enumerate(folders) if not (folder / "checkpoint.pt").exists())
-        config.out = folders[max(free - 1, 0) if config.resume else free]
     return config, parser.error
+
+
+def has_fast_bf16(device, backbone):
+    """Does bfloat16 make training faster? On a CPU the transformer's attention gets slower by it."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)     # torch has no public name
+    return backbone != "transformer" and supported()
+
+
+def announce(config, demonstrations):
+    """Say at the start what will be done, on what, and how long it takes."""
+    twice = "twice " if config.scale == "laptop" and config.backbone != "mlp" else ""
+    print(f"{config.recipe} training of {config.backbone} on task {config.task}, with "
+          f"{len(demonstrations['episode_ends']):,} demonstrations. Scale {config.scale}, on "
+          f"{config.device} in {config.precision} with {torch.get_num_threads()} thread(s): about "
+          f"{twice}{config.time}.")
+
+
+def report(summary, folder):
+    """Say at the end how good it is, what it cost, where the results are, what to try next."""
+    print(f"\nscore    {summary['score']:.3f} +- {summary['score_se']:.3f}  mean of max coverage / "
+          f"0.95, at most 1 ({summary['episodes']} unseen scenes, task {summary['task']})\n"
+          f"success  {summary['success_rate']:.3f} +- {summary['success_se']:.3f}  coverage > 0.95 "
+          f"within 300 steps, {summary['executed_actions']} actions executed of each chunk")
+    for key in [key for key, value in summary.items() if isinstance(value, dict)]:
+        print(key, *(f"{name} {number:,.0f}" for name, number in summary[key].items()), sep="  ")
+    print(f"see      rollouts.png, rollout.gif and summary.json in {folder}")
+    if "recipe" in summary:
+        policy = shlex.quote(str(folder / "policy.pt"))
+        print(f"next     python train.py --evaluate {policy} --executed-actions 4")
+
+
+def open_policy(config):
+    """--evaluate: a saved policy, and a folder beside it for the results."""
+    policy = DiffusionPolicy.load(config.evaluate, config.device)
+    policy.executed_actions = config.executed_actions
+    name = f"{config.evaluate.stem}-{config.task}-executing-{config.executed_actions}"
+    folder = config.evaluate.with_name(name)
+    folder.mkdir(exist_ok=True)
+    return policy, folder
+
+
+def evaluate_file(config, policy, folder):
+    summary = summarise(policy, config, folder, {})
+    report(summary, folder)
+    return summary
+
+
+def set_up(config):
+    """The run's folder and its demonstrations; all bad input is found here, before any work."""
+    with torch.device("meta"):     # refuses an impossible pair
+        make_backbone(config.backbone, config.scale, conditioning=config.conditioning,
+                      width=config.width)
+    seconds = {}
+    with timed(seconds, "demonstrations"):
+        demonstrations = get_demonstrations(config)
+    run = Run(config)
+    run.seconds = seconds | run.seconds     # those of a resumed run are what it took then
+    return run, demonstrations
+
+
+def train_and_evaluate(config, run, demonstrations):
+    announce(config, demonstrations)
+    policy = train_policy(config, run, demonstrations, torch.device(config.device))
+    policy.save(run.folder / "policy.pt")
+    summary = summarise(policy, config, run.folder, run.seconds)
+    draw_curves(run.rows, summary, run.folder / "curves.png")
+    report(summary, run.folder)
+    return summary
 
 
 def main(arguments=None):
     """The command line; returns the summary, for notebooks and tests."""
     config, refuse = parse(arguments)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     try:
-        if config.evaluate:
-            policy, seconds = DiffusionPolicy.load(config.evaluate, config.device), {}
-            policy.executed_actions = config.executed_actions
-            folder = config.evaluate.with_name(
-                f"{config.evaluate.stem}-{config.task}-executing-{config.executed_actions}")
-            folder.mkdir(exist_ok=True)
-        else:
-            with torch.device("meta"):     # refuses an impossible pair before anything is written
-                make_backbone(config.backbone, config.scale, conditioning=config.conditioning,
-                              width=config.width, depth=config.depth)
-            run, clock = Run(config), time.perf_counter()
-            demonstrations = get_demonstrations(config)
-            folder, seconds = run.folder, run.seconds
-            seconds.setdefault("demonstrations", time.perf_counter() - clock)
-    except (ValueError, OSError) as error:
-        refuse(error)
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted before training")
-    if not config.evaluate:
-        longer = config.scale == "laptop" and config.backbone != "mlp" and not config.smoke
-        print(f"{config.recipe} training of {config.backbone} on task {config.task}, with "
-              f"{len(demonstrations['episode_ends']):,} demonstrations of "
-              f"{len(demonstrations['state']):,} steps. {config.scale.capitalize()} scale, on "
-              f"{config.device} with {torch.get_num_threads()} thread(s): about "
-              f"{'twice ' * longer}{config.minutes}.")
-    try:
-        if not config.evaluate:
-            policy = train_policy(config, run, demonstrations, torch.device(config.device))
-            policy.save(folder / "policy.pt")
-        summary = summarise(policy, config, folder, seconds)
-        if not config.evaluate:
-            draw_curves(run.rows, summary, folder / "curves.png")
-    except ArithmeticError as error:
+        try:
+            job = open_policy(config) if config.evaluate else set_up(config)
+        except (ValueError, OSError) as error:
+            refuse(error)
+        return evaluate_file(config, *job) if config.evaluate else train_and_evaluate(config, *job)
+    except (ArithmeticError, OSError) as error:
         sys.exit(f"train.py: {error}")     # exit code 1
     except KeyboardInterrupt:
         again = "" if config.resume or config.evaluate else " --resume"
         sys.exit(f"\ninterrupted; go on with: {config.command}{again}")
-
-    line = lambda values, form: ", ".join(f"{key} {value:{form}}" for key, value in values.items())
-    print(f"\nscore    {summary['score']:.3f} +- {summary['score_se']:.3f}  mean of max coverage / "
-          f"0.95, at most 1 ({summary['episodes']} unseen scenes, task {summary['task']})\n"
-          f"success  {summary['success_rate']:.3f} +- {summary['success_se']:.3f}  coverage > 0.95 "
-          f"within 300 steps, {summary['executed_actions']} actions executed of each chunk")
-    if not config.evaluate:
-        print(f"seconds  {line(summary['seconds'], '.0f')}\n"
-              f"updates  a second: {line(summary['iterations_per_second'], '.1f')}\n"
-              f"weights  {line(summary['parameters'], ',')}\n"
-              f"next     python train.py --evaluate {folder / 'policy.pt'} --executed-actions 4")
-    print(f"see      rollouts.png, rollout.gif and summary.json in {folder}")
-    return summary
 
 
 if __name__ == "__main__":

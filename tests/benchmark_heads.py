@@ -6,6 +6,7 @@ nn.Conv1d, nn.MultiheadAttention, nn.Dropout, the condition concatenated and pro
 block; AdamW tensor by tensor, and an EMA that runs over all tensors, frozen ones copied. They
 compute the same functions as heads.py (tests/test_heads.py compares the numbers).
 """
+import functools
 import math
 import statistics
 import time
@@ -13,12 +14,13 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import film
+import train
 from diffusion import DDPM, DiffusionPolicy
-from heads import SIZES, make_backbone
+from heads import BACKBONES, SIZES, make_backbone
 
 ACTION_DIM, OBSERVATION = 10, (2, 137)      # MimicGen: To = 2 observations of 137 numbers
 HEADS = {"DP-C": ("unet", "film", 16), "DP-MLP": ("mlp", "film", 16),
@@ -166,7 +168,7 @@ class ReferenceTransformer(nn.Module):
 def make_reference(head, **size):
     """The official-manner module of a head; `size` overrides the paper's."""
     name, conditioning, horizon = HEADS[head]
-    size = {**SIZES[name, "paper"][1], **size}
+    size = {**SIZES["paper"][name], **size}
     kind = {"unet": ReferenceUNet, "mlp": ReferenceMLP, "transformer": ReferenceTransformer}[name]
     if name == "transformer":
         size["cross_attention"] = conditioning == "cross-attention"
@@ -184,21 +186,25 @@ class Given(nn.Module):
 
 
 class Head(nn.Module):
-    """Backbone and conditioning of this repository, called like a reference module."""
+    """Backbone and conditioning of this repository, called like a reference module.
+
+    `size` overrides the paper's.
+    """
 
     def __init__(self, head, **size):
         super().__init__()
         name, conditioning, horizon = HEADS[head]
-        kind, paper_size = SIZES[name, "paper"]
-        mechanism = film.MECHANISMS[conditioning]()
-        self.backbone = kind(ACTION_DIM, horizon, mechanism, **{**paper_size, **size})
-        time_dim = self.backbone.time_encoder.dim
+        size = {**SIZES["paper"][name], **size}
+        self.backbone = BACKBONES[name](ACTION_DIM, horizon, conditioning, **size)
+        time_dim, mechanism = self.backbone.time_encoder.dim, self.backbone.mechanism
         self.conditioning = (
             film.TokenConditioning(Given(), time_dim) if mechanism.tokens else
             film.Conditioning(Given(), time_dim, self.backbone.modulation_widths, mechanism))
 
     def forward(self, noisy_actions, timestep, observations, **subset):
-        return self.backbone(noisy_actions, timestep, self.conditioning(observations), **subset)
+        o = self.conditioning.encode(observations)
+        tau = self.backbone.time_encoder(timestep)
+        return self.backbone(noisy_actions, self.conditioning(o, tau), **subset)
 
 
 def batch_of(head, batch):
@@ -213,7 +219,7 @@ def our_step(head, frozen, bf16=False, subset=None):
     model.backbone.requires_grad_(not frozen)
     trained = model.conditioning if frozen else model
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=True)
-    average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    average = AveragedModel(trained, multi_avg_fn=functools.partial(train.ema_update, 0.9999))
 
     def step(noisy, timestep, observations, noise):
         extra = {}
@@ -225,6 +231,7 @@ def our_step(head, frozen, bf16=False, subset=None):
             loss = F.mse_loss(model(noisy, timestep, observations, **extra), noise)
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), math.inf)
         optimizer.step()
         average.update_parameters(trained)
     return step
@@ -341,7 +348,7 @@ def make_policy(head, sampling_steps):
     backbone = make_backbone(name, "paper", 2, horizon, conditioning)
     pathway = film.make_conditioning(backbone, "state", obs_steps=2, corners=CORNERS,
                                      goal=(256, 256, math.pi / 4))
-    return DiffusionPolicy(pathway, backbone, [100.0] * horizon,
+    return DiffusionPolicy(pathway, backbone, [100.0] * horizon, (0.0, 512.0),
                            sampling_steps=sampling_steps).eval()
 
 
@@ -361,28 +368,24 @@ def reference_scheduler(sampling_steps):
 
 @torch.no_grad()
 def reference_act(policy, observations, generator):
-    """policy.act in the official manner: the encoder runs once, then in each step the whole
-    network, projections of the condition included, and the library's scheduler.
+    """policy.act in the official manner: the encoder runs once, then the library's scheduler
+    drives the rest of the network.
     """
-    scheduler, pathway = reference_scheduler(policy.sampling_steps), policy.conditioning
-    encoded, encoder = pathway.encoder(observations), pathway.encoder
-    pathway.encoder = nn.Identity()
-    try:
-        shape = (len(observations), *policy.action_scale.shape[:1], 2)
+    scheduler = reference_scheduler(policy.sampling_steps)
+    shape = (len(observations), len(policy.action_scale), 2)
+    o = policy.conditioning.encode(observations)
 
-        def network(noisy, timestep):
-            timestep = timestep.reshape(-1)[:1].expand(len(observations))
-            return policy.backbone(noisy, timestep, pathway(encoded))
+    def network(noisy, timestep):
+        tau = policy.backbone.time_encoder(timestep.reshape(-1)[:1].expand(len(observations)))
+        return policy.backbone(noisy, policy.conditioning(o, tau))
 
-        if scheduler is None:
-            actions = DDPM().sample(network, shape, policy.sampling_steps, generator)
-        else:
-            actions = torch.randn(shape, generator=generator)
-            for timestep in scheduler.timesteps:
-                noise = network(actions, timestep)
-                actions = scheduler.step(noise, timestep, actions, generator=generator).prev_sample
-    finally:
-        pathway.encoder = encoder
+    if scheduler is None:
+        actions = DDPM().sample(network, shape, policy.sampling_steps, generator)
+    else:
+        actions = torch.randn(shape, generator=generator)
+        for timestep in scheduler.timesteps:
+            noise = network(actions, timestep)
+            actions = scheduler.step(noise, timestep, actions, generator=generator).prev_sample
     first, agent = policy.obs_steps - 1, observations[:, -1, :2]
     actions = policy.denormalise(actions, agent)[:, first:first + policy.executed_actions]
     return actions.clamp(0, 512)
@@ -393,8 +396,8 @@ def benchmark_sampling(heads, threads, repeats):
     torch.set_num_threads(threads[0])
     other = "diffusers" if reference_scheduler(10) else "(no diffusers here: our scheduler)"
     print(f"One chunk of actions, milliseconds, {threads[0]} thread(s), paper's size, fp32. Beside "
-          f"it: {other} driving\nthe same network, condition projected in every step; the actions' "
-          "largest difference, both in [-1, 1]")
+          f"it: {other} driving\nthe same network; the actions' largest difference, both in "
+          "[-1, 1]")
     for head in heads:
         for sampling_steps in (None, 10):
             policy = make_policy(head, sampling_steps)

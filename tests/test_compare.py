@@ -1,139 +1,243 @@
-"""results/compare.py: its grid, its tables, and the answer to "is my run normal?"."""
+"""results/compare.py and results/report.py: the grid, the runs, the tables, "is my run normal?"."""
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import train
-from results import compare
+from results import compare, report
 
 ROOT = Path(__file__).parent.parent
+SOURCE = compare.PRESETS["source"]
 
 
-def cell(label="a", success=0.5, **more):
+def cell(label="a", success=0.5, seed=0, **more):
     return dict(cell=label, success_rate=success, success_se=0.03, score=0.9, score_se=0.01,
-                scale="laptop", episodes=200, threads=1,
-                command="python train.py --task near --seed 0",
+                scale="laptop", episodes=200, threads=1, seed=seed, commit="abc",
+                command=f"python train.py --task near --seed {seed}",
                 parameters=dict(backbone=1, conditioning=2, trained=3_000_000, frozen=0),
                 seconds=dict(stage2=100.0, total=1200.0), iterations_per_second=dict(stage2=20.0),
                 curve=dict(stage2=[[100 * i, 5.0 * i, 1.0 / i] for i in range(1, 21)])) | more
 
 
+def write(path, cells):
+    path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
+
+
+def write_run(folder, log, arguments=(), **summary):
+    """A finished run's three files, as train.py leaves them. log: lines of metrics.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config, _ = train.parse([*arguments, "--device", "cpu"])
+    (folder / "config.json").write_text(json.dumps(vars(config), default=str), encoding="utf-8")
+    lines = ["stage,step,seconds,loss,learning_rate,success", *log]
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = cell(**summary)
+    del found["cell"], found["curve"]     # a run does not know its label
+    (folder / "summary.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+# The grid ----------------------------------------------------------------------------------------
+
 @pytest.mark.parametrize("name", compare.PRESETS)
-def test_every_cell_is_a_command_of_its_own(name):
-    """Each command parses, and two labels with one folder are one command (presets share cells)."""
+def test_every_row_is_a_command_of_its_own_or_history(name):
+    """Each command parses, and two rows with one folder are one command (presets share runs)."""
     preset, folders = compare.PRESETS[name], {}
-    for label, folder, command in compare.runs(preset, preset.seeds):
-        config, _ = train.parse(shlex.split(command)[1:] + ["--device", "cpu"])
+    rows = preset.table()
+    assert len({label for label, _, _ in rows}) == len(rows)
+    for _, _, folder, command in compare.runs(preset, preset.seeds):
+        config, _ = train.parse([*command[1:], "--device", "cpu"])
         assert config.task == preset.task and config.out == folder
         assert folders.setdefault(folder, command) == command
-    assert len(folders) == len(preset.cells) * preset.seeds
-    assert set(preset.paper) <= set(preset.cells)
+    live = [label for label, flags, _ in rows if not flags.startswith("history")]
+    assert len(folders) == len(live) * preset.seeds
 
 
 def test_recipes_is_four_heads_by_four_recipes_by_three_seeds():
-    found = {(config.backbone, config.conditioning, config.recipe, config.seed)
-             for _, _, command in compare.runs(compare.PRESETS["recipes"], 3)
-             for config, _ in [train.parse(shlex.split(command)[1:])]}
+    found = set()
+    for _, _, _, command in compare.runs(compare.PRESETS["recipes"], 3):
+        config, _ = train.parse(command[1:])
+        found.add((config.backbone, config.conditioning, config.recipe, config.seed))
     assert len(found) == 4 * 4 * 3
 
 
-def test_list_prints_only_what_is_missing(tmp_path):
-    done = next(folder for _, folder, _ in compare.runs(compare.PRESETS["source"], 2))
+def test_a_row_stands_for_each_of_its_recipes_but_those_marked_x():
+    preset = compare.Preset("?", """
+        a, b | MLP --width 8 | 1 / 2 | x
+        c    | history       | -     | 3
+        """, ("normal", "decoupled"))
+    assert preset.table() == [("a, b, normal", "MLP --width 8 ", "1 / 2"),
+                              ("c, normal", "history ", "-"),
+                              ("c, decoupled", "history --decoupled", "3")]
+    ((label, seed, folder, command),) = compare.runs(preset, 1)
+    assert (label, seed, str(folder)) == ("a, b, normal", 0, "runs/compare/near-mlp-width-8-seed0")
+    assert command == shlex.split("train.py --task near --backbone mlp --width 8 --seed 0 "
+                                  "--out runs/compare/near-mlp-width-8-seed0")
+
+
+# Running -----------------------------------------------------------------------------------------
+
+def call(folder, *arguments):
+    return subprocess.run([sys.executable, "-m", "results.compare", *arguments], cwd=folder,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+                          capture_output=True)
+
+
+def test_list_prints_only_what_is_missing_and_resumes_what_was_interrupted(tmp_path):
+    (_, _, done, _), (_, _, begun, _), *_ = compare.runs(SOURCE, 2)
     (tmp_path / done).mkdir(parents=True)
     (tmp_path / done / "summary.json").write_text("{}")
-    listed = subprocess.run([sys.executable, "-m", "results.compare", "source", "--list"],
-                            cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, text=True,
-                            capture_output=True, check=True).stdout.splitlines()
+    (tmp_path / begun).mkdir(parents=True)
+    (tmp_path / begun / "checkpoint.pt").write_text("")
+    listed = call(tmp_path, "source", "--list").stdout.splitlines()
     assert len(listed) == 8 * 2 - 1 and all(line.startswith("python train.py ") for line in listed)
-    assert not any(str(done) + " " in line + " " for line in listed)
+    assert not any(str(done) in shlex.split(line) for line in listed)
+    assert [str(begun) in line for line in listed if line.endswith(" --resume")] == [True]
 
 
-def test_the_standard_error_is_that_of_the_mean_over_seeds():
-    table = compare.table("size", [cell("x", 0.4), cell("x", 0.6), cell("y", 0.5)])
-    rows = table.splitlines()[2:]
-    assert rows[0].startswith("| x | 0.500 ± 0.100 | 0.400 0.600 |")     # sd sqrt(.02), over sqrt(2)
-    assert rows[1].startswith("| y | 0.500 ± 0.030 | 0.500 |")           # one seed: of its scenes
-    assert rows[3].startswith("3 runs, 1.0 core-hours.")
+def test_a_command_with_spaces_runs_and_a_failure_is_one_line(tmp_path):
+    script = tmp_path / "a script.py"
+    script.write_text("import sys; sys.exit(int(sys.argv[1] != 'two words'))")
+    compare.execute([str(script), "two words"])
+    with pytest.raises(SystemExit, match="did not finish") as ended:
+        compare.execute([str(script), "three of them"])
+    assert shlex.split(str(ended.value).split("python ")[1]) == [str(script), "three of them"]
 
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal to a process group")
+def test_ctrl_c_lets_the_run_save_and_shows_no_traceback(tmp_path):
+    """The terminal sends it to both processes; the run takes a second to save its checkpoint."""
+    child = tmp_path / "child.py"
+    child.write_text("import pathlib, sys, time\n"
+                     "try:\n    print('ready', flush=True); time.sleep(30)\n"
+                     "except KeyboardInterrupt:\n    time.sleep(1)\n"
+                     f"    pathlib.Path({str(tmp_path / 'saved')!r}).write_text('')\n"
+                     "    sys.exit('interrupted')\n")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"from results import compare; compare.execute([{str(child)!r}])"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert parent.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    os.killpg(parent.pid, signal.SIGINT)
+    _, said = parent.communicate(timeout=20)
+    assert parent.returncode == 1 and (tmp_path / "saved").exists()
+    assert "Traceback" not in said and "the same command goes on" in said
+
+
+# Collecting --------------------------------------------------------------------------------------
 
 def test_collecting_reads_what_train_wrote(tmp_path, monkeypatch):
     """A real, tiny run in a cell's folder becomes a cell with a curve."""
     monkeypatch.chdir(tmp_path)
-    label, folder, command = next(compare.runs(compare.PRESETS["source"], 1))
-    train.main(shlex.split(command)[1:] + ["--smoke", "--steps", "30", "--stage1-steps", "25",
-                                           "--episodes", "2", "--num-demos", "4",
-                                           "--device", "cpu"])
-    (found,) = compare.collect(compare.PRESETS["source"], tmp_path / "none.json")
+    label, _, _, command = next(compare.runs(SOURCE, 1))
+    train.main([*command[1:], "--smoke", "--steps", "30", "--stage1-steps", "25", "--episodes", "2",
+                "--num-demos", "4", "--device", "cpu"])
+    (found,) = compare.collect(SOURCE, tmp_path / "none.json")
     assert found["cell"] == label and found["recipe"] == "decoupled" and found["episodes"] == 2
+    assert found["settings"]["steps"] == 30
     assert [point[0] for point in found["curve"]["stage2"]] == [25, 30]
     for key in ("command", "seed", "commit", "device", "threads", "torch", "score_se"):
         assert key in found
-    compare.draw("source", [found], tmp_path / "figure.png")
+    report.draw(SOURCE, [found], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
-def test_collecting_keeps_what_was_collected_elsewhere(tmp_path, monkeypatch):
-    """Without its folder a run stays in the results, under its cell's present label."""
+def test_a_run_is_found_by_label_and_seed_and_replaces_what_was_collected(tmp_path, monkeypatch):
+    """What was collected elsewhere stays, whatever its command was; other labels leave the grid."""
     monkeypatch.chdir(tmp_path)
-    file, (first, second, *_) = tmp_path / "source.json", compare.runs(compare.PRESETS["source"], 1)
-    file.write_text(json.dumps({"cells": [
-        cell("an older label", command=f"python {first[2]} --resume"),
-        cell("gone", command="python train.py --task near --backbone mlp --width 2")]}))
-    (kept,) = compare.collect(compare.PRESETS["source"], file)
-    assert kept["cell"] == first[0] and kept["success_rate"] == 0.5
-    second[1].mkdir(parents=True)
-    summary = cell(success=0.75)
-    del summary["cell"]                            # a run does not know its label
-    (second[1] / "summary.json").write_text(json.dumps(summary))
-    (second[1] / "metrics.csv").write_text(
-        "stage,step,seconds,loss,learning_rate,success\n"
-        "stage2,1000,50,0.2,0.004,0.25\nstage2,2000,100,0.1,0.0,\n")
-    cells = compare.collect(compare.PRESETS["source"], file)
-    assert [found["cell"] for found in cells] == [first[0], second[0]]
-    assert compare.played(cells[0]) == []          # from before success was recorded
-    assert compare.played(cells[1]) == [[1000, 50.0, 0.25], [2000, 100.0, 0.75]]
-    compare.publish("source", cells, tmp_path / "mine")
-    assert {path.suffix for path in (tmp_path / "mine").iterdir()} == {".json", ".md", ".png"}
+    file = tmp_path / "source.json"
+    (first, _, _, _), (_, _, folder, _), (third, *_) = list(compare.runs(SOURCE, 2))[:3]
+    write(file, [cell(third, seed=0), cell(first, seed=1, command="python train.py --gone"),
+                 cell(first, seed=0), cell("gone")])
+    cells = compare.collect(SOURCE, file)
+    assert [(c["cell"], c["seed"]) for c in cells] == [(first, 0), (first, 1), (third, 0)]
+    log = ["stage2,1000,50,0.2,0.004,0.25", "stage2,2000,100,0.1,0.0,"]
+    write_run(folder, log, success=0.75, seed=1)
+    cells = compare.collect(SOURCE, file)
+    assert [c["success_rate"] for c in cells] == [0.5, 0.75, 0.5]
+    assert report.played(cells[0]) == []          # from before success was recorded
+    assert report.played(cells[1]) == [(1000, 50.0, 0.25), (2000, 100.0, 0.75)]
 
 
-def test_one_backbone_or_mechanism_of_a_grid():
-    def found(**only):
-        return {label for label, _, _ in compare.runs(compare.PRESETS["conditioning"], 1, **only)}
-    assert found(backbone=["mlp"]) == set()
-    assert found(conditioning=["film"]) == {"film, normal", "film, decoupled"}
-    assert len(found(conditioning=["cross-attention"])) == 4
+def test_history_is_shown_as_it_was_collected_and_never_run(tmp_path):
+    preset = compare.PRESETS["observation"]
+    assert list(compare.runs(preset, 9)) == []
+    label = preset.table()[1][0]
+    write(tmp_path / "observation.json", [cell(label)])
+    (kept,) = compare.collect(preset, tmp_path / "observation.json")
+    assert kept["cell"] == label
+    done = call(tmp_path, "observation", "--out", str(tmp_path))
+    assert done.returncode == 0 and f"| {label} | 0.500 ± 0.030 |" in done.stdout, done.stderr
+
+
+def test_publishing_to_another_folder_leaves_the_results_alone(tmp_path):
+    before = (ROOT / "results/README.md").read_text(encoding="utf-8")
+    label = SOURCE.table()[0][0]
+    report.publish("source", SOURCE, [cell(label), cell(label, seed=1)], tmp_path / "my own")
+    assert {path.name for path in (tmp_path / "my own").iterdir()} == {
+        "source.json", "source.md", "source.png"}
+    assert len(report.read(tmp_path / "my own/source.json")["cells"]) == 2
+    assert (ROOT / "results/README.md").read_text(encoding="utf-8") == before
+
+
+def test_the_standard_error_is_that_of_the_mean_over_seeds():
+    preset = compare.Preset("?", "x | MLP | -\ny | MLP | -")
+    rows = report.table(preset, [cell("x", 0.4), cell("x", 0.6), cell("y", 0.5)]).splitlines()[2:]
+    assert rows[0].startswith("| x | 0.500 ± 0.100 | 0.400 0.600 |")     # sqrt(.02) / sqrt(2)
+    assert rows[1].startswith("| y | 0.500 ± 0.030 | 0.500 |")           # one seed: of its scenes
+    assert rows[3] == "3 runs in fp32, 1.0 core-hours, 200 scenes each. Commits: abc."
+
+
+def test_rows_that_begin_alike_share_a_panel_of_curves():
+    panels = report.split_into_panels(["a, normal", "a, decoupled", "b, c, normal",
+                                       "b, c, decoupled", "a, twice, normal", "d", "e, normal"])
+    assert panels == {"a": ["a, normal", "a, decoupled", "a, twice, normal"],
+                      "b, c": ["b, c, normal", "b, c, decoupled"], "": ["d", "e, normal"]}
+
+
+@pytest.mark.parametrize("text", ["", "<!-- a -->\n", "<!-- /a -->"])
+def test_a_text_without_the_markers_is_an_error(text):
+    with pytest.raises(ValueError, match="<!-- a -->"):
+        report.split_at_markers(text, "a")
+
+
+# Is my run normal? -------------------------------------------------------------------------------
+
+KIND = ["--task", "near", "--steps", "2000"]
 
 
 @pytest.fixture
 def committed(tmp_path, monkeypatch):
-    """Two committed runs, and a folder for the run to be checked."""
+    """Two committed runs of a kind and one of none; and a folder for the run to be checked."""
     monkeypatch.setattr(compare, "HERE", tmp_path)
-    (tmp_path / "source.json").write_text(json.dumps({"cells": [
-        cell(), cell(success=0.6, command="python train.py --task near --seed 1"),
-        cell(success=0, command="python train.py --task near --features keypoints")]}))
-    folder = tmp_path / "run"
-    folder.mkdir()
+    config = vars(train.parse(KIND)[0])
+    settings = {key: config[key] for key in report.KIND}
+    write(tmp_path / "source.json", [
+        cell(settings=settings), cell(success=0.6, seed=1, settings=settings),
+        cell(success=0, settings=settings | {"recipe": "decoupled"}), cell(success=0, seed=2)])
+    write(tmp_path / "same.json", [cell(settings=settings)])     # presets share runs
 
-    def write(loss=1.0, **summary):
-        (folder / "summary.json").write_text(json.dumps(cell(**summary)))
-        lines = [f"stage2,{100 * i},{5.0 * i},{loss / i}" for i in range(1, 21)]
-        (folder / "metrics.csv").write_text("\n".join(["stage,step,seconds,loss", *lines]) + "\n")
-        return folder
-    return write
+    def run(loss=1.0, arguments=KIND, **summary):
+        log = [f"stage2,{100 * i},{5.0 * i},{loss / i},0.1," for i in range(1, 21)]
+        write_run(tmp_path / "my run", log, arguments, **summary)
+        return tmp_path / "my run"
+    return run
 
 
 def test_a_normal_run_is_ok(committed):
-    report = compare.check(committed(command="python train.py --seed 7 --task near --backbone mlp"))
-    assert report[0] == "compared with 2 committed runs"     # of the same settings, spelt or default
-    assert not [line for line in report if "OUTSIDE" in line]
+    lines = compare.check(committed(arguments=[*KIND, "--seed", "7", "--backbone", "mlp"]))
+    assert lines[0] == "compared with 2 committed runs"     # of the same settings, spelt or default
+    assert len(lines) == 1 + 3 + 2 + 1 and all(line.startswith("OK") for line in lines[1:])
 
 
 @pytest.mark.parametrize("change, what", [
-    (dict(loss=1.5), "stage2 loss"), (dict(success=0.2), "success rate"), (dict(score=0.6), "score"),
+    (dict(loss=1.5), "stage2 loss"), (dict(success=0.2), "success rate"),
+    (dict(score=0.6), "score"),
     (dict(iterations_per_second=dict(stage2=2.0)), "updates a second")])
 def test_what_is_not_normal_is_named(committed, change, what):
     outside = [line for line in compare.check(committed(**change)) if "OUTSIDE" in line]
@@ -141,7 +245,17 @@ def test_what_is_not_normal_is_named(committed, change, what):
 
 
 def test_a_run_of_another_kind_or_none_is_refused(committed, tmp_path):
-    with pytest.raises(ValueError, match="no committed run.*--decoupled"):
-        compare.check(committed(command="python train.py --task near --decoupled"))
+    with pytest.raises(ValueError, match="no committed run is of this kind"):
+        compare.check(committed(arguments=[*KIND, "--width", "64"]))
     with pytest.raises(ValueError, match="no finished run"):
         compare.check(tmp_path)
+    done = call(ROOT, "--check", str(tmp_path))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_every_committed_run_knows_its_settings():
+    """So --check can find those of its kind; rows that are history have none to compare with."""
+    for name, preset in compare.PRESETS.items():
+        history = {label for label, flags, _ in preset.table() if flags.startswith("history")}
+        for found in report.read(ROOT / "results" / f"{name}.json")["cells"]:
+            assert found["cell"] in history or set(found["settings"]) == set(report.KIND)

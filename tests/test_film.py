@@ -1,4 +1,4 @@
-"""film.py: modulation, observation features, and the split into two halves."""
+"""film.py: the mechanisms against their equations, observation features, F, tokens."""
 import math
 
 import pytest
@@ -18,87 +18,6 @@ def state_encoder(**settings):
     return film.StateEncoder(obs_steps=2, corners=CORNERS, goal=GOAL, **settings)
 
 
-def test_film_is_gamma_times_h_plus_beta_of_each_sample():
-    hidden = torch.randn(3, 3, 4)             # B == T on purpose: a missing axis would broadcast
-    modulation = torch.randn(3, 8)
-    out = film.FiLM()(hidden, modulation)
-    for b in range(3):
-        for t in range(3):
-            for d in range(4):
-                expected = modulation[b, d] * hidden[b, t, d] + modulation[b, 4 + d]
-                assert out[b, t, d].item() == pytest.approx(expected.item(), abs=1e-6)
-
-
-def test_corners_of_a_turned_block():
-    quarter_turn = torch.tensor([100.0, 50.0, math.pi / 2])    # y points down: (x, y) -> (-y, x)
-    placed = film.StateEncoder.place(torch.tensor(CORNERS).float(), quarter_turn)
-    expected = torch.tensor([(100 - y, 50 + x) for x, y in CORNERS]).float()
-    torch.testing.assert_close(placed, expected, atol=1e-4, rtol=0)
-
-
-def test_keypoints_are_gym_pusht_s_corners_then_the_agent():
-    state = torch.tensor([[[200.0, 300.0, 100.0, 50.0, 0.0]] * 2])
-    expected = torch.tensor([(100 + x, 50 + y) for x, y in CORNERS] + [(200, 300)]) / 256 - 1
-    given = state_encoder(features="keypoints").inputs(state)
-    torch.testing.assert_close(given, expected.flatten().expand(1, 2, 18), atol=1e-5, rtol=0)
-
-
-def test_relative_features_by_hand():
-    """At the goal with the agent on corner 0, then with the block 2 px to the right of the goal."""
-    cos = sin = math.sqrt(0.5)
-    corners = torch.tensor([(256 + cos * x - sin * y, 256 + sin * x + cos * y) for x, y in CORNERS])
-    state = torch.tensor([[*corners[0].tolist(), *GOAL]])
-    from_agent, from_goal = state_encoder().inputs(state[None]).view(4, 8, 2)[:2]
-    torch.testing.assert_close(from_agent, (corners - corners[0]) / 256, atol=1e-4, rtol=0)
-    torch.testing.assert_close(from_goal, torch.zeros(8, 2), atol=1e-6, rtol=0)
-    state[0, 2] += 2
-    fine = state_encoder().inputs(state[None]).view(4, 8, 2)[3]
-    torch.testing.assert_close(fine[:, 0], torch.full((8,), math.tanh(0.1)), atol=1e-4, rtol=0)
-
-
-def test_joint_encoder_is_sin_and_cos():
-    angles = torch.randn(5, 16, 3)
-    encoded = film.JointEncoder(horizon=16, num_joints=3)(angles)
-    torch.testing.assert_close(encoded.norm(dim=-1), torch.full((5, 16), math.sqrt(3)))
-    torch.testing.assert_close(torch.atan2(encoded[..., :3].double(), encoded[..., 3:].double()),
-                               torch.atan2(angles.sin(), angles.cos()).double())
-
-
-def conditioning():
-    torch.manual_seed(0)
-    backbone = make_backbone("mlp")
-    pathway = film.make_conditioning(backbone, "state", obs_steps=2, corners=CORNERS, goal=GOAL)
-    return backbone, pathway
-
-
-def test_two_halves_equal_one_product_on_the_concatenation():
-    """The paper's form: one Linear on Mish([tau, o]) with the two weights side by side."""
-    backbone, pathway = conditioning()
-    observations, embedding = torch.rand(6, 2, 5) * 400, torch.randn(6, backbone.time_encoder.dim)
-    weight = torch.cat([pathway.time_part.weight, pathway.observation_part.weight], dim=1)
-    concatenated = torch.cat([embedding, pathway.encoder(observations).flatten(1)], dim=1)
-    expected = F.linear(F.mish(concatenated), weight, pathway.observation_part.bias)
-    given = torch.cat(pathway(observations)(embedding), dim=-1)
-    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_one_modulation_per_layer_and_repeats_follow_their_observation():
-    backbone, pathway = conditioning()
-    observations = torch.rand(3, 2, 5) * 400
-    modulations = pathway(observations, 2)(torch.zeros(6, backbone.time_encoder.dim))
-    assert [m.shape for m in modulations] == [(6, 2 * w) for w in backbone.modulation_widths]
-    for modulation in modulations:
-        assert torch.equal(modulation[0::2], modulation[1::2])
-        assert not torch.equal(modulation[0], modulation[2])
-
-
-def test_unknown_names_are_refused_with_what_is_allowed():
-    with pytest.raises(ValueError, match="'smell'.*relative, keypoints"):
-        state_encoder(features="smell")
-    with pytest.raises(ValueError, match="'smell'.*state, joints"):
-        film.make_conditioning(make_backbone("mlp"), "smell")
-
-
 # The mechanisms, each against its equation written out for every number --------------------------
 
 EQUATIONS = {     # h, its row's mean, deviation and root mean square, then the modulation's vectors
@@ -109,33 +28,168 @@ EQUATIONS = {     # h, its row's mean, deviation and root mean square, then the 
     "adaln-zero": lambda h, mean, sd, rms, gamma, beta, alpha:
         alpha * ((1 + gamma) * (h - mean) / sd + beta),
 }
+HOOKS = {"film": {"modulate"}, "additive": {"modulate"}, "adaln": {"after_norm"},
+         "adarms": {"after_norm"}, "adaln-zero": {"after_norm", "gate"},
+         "cross-attention": set(), "prefix": set()}
 
 
-@pytest.mark.parametrize("name", EQUATIONS)
-def test_a_mechanism_is_its_equation(name):
-    mechanism, D = film.MECHANISMS[name](), 6
-    hidden = torch.randn(3, 3, D) * 2 + 1                      # B == T on purpose
-    vectors = torch.randn(3, len(mechanism.identity), D)
-    normed = mechanism.norm(D)(hidden) if mechanism.adaptive else hidden
-    out = mechanism(normed, vectors.flatten(1))
+def test_film_is_gamma_times_h_plus_beta_of_each_sample():
+    h = torch.randn(3, 3, 3)             # B == T == D on purpose: a missing axis would broadcast
+    m = torch.randn(3, 2, 1, 3)
+    out = film.FiLM().modulate(h, m)
     for b in range(3):
         for t in range(3):
-            row = hidden[b, t].tolist()
+            for d in range(3):
+                expected = m[b, 0, 0, d] * h[b, t, d] + m[b, 1, 0, d]
+                assert out[b, t, d].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def channels_first(mechanism, h, m):
+    """The three hooks as the U-Net calls them: on h (B,D,T) and m (B,V,D,1)."""
+    h = mechanism.norm(h.shape[-1])(h) if mechanism.adaptive else h
+    h, m = h.mT, m.mT
+    return mechanism.gate(mechanism.modulate(mechanism.after_norm(h, m), m), m).mT
+
+
+@pytest.mark.parametrize("apply", [film.apply_all, channels_first])
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_a_mechanism_is_its_equation(name, apply):
+    mechanism, D = film.MECHANISMS[name](), 6
+    h = torch.randn(D, D, D) * 2 + 1                           # B == T == D on purpose
+    m = torch.randn(D, len(mechanism.identity), 1, D)
+    out = apply(mechanism, h, m)
+    for b in range(D):
+        for t in range(D):
+            row = h[b, t].tolist()
             mean = sum(row) / D
-            sd = math.sqrt(sum((x - mean) ** 2 for x in row) / D)
+            sd = math.sqrt(sum((x - mean) ** 2 for x in row) / D + 1e-5)     # LayerNorm's epsilon
             rms = math.sqrt(sum(x * x for x in row) / D)
             for d in range(D):
-                expected = EQUATIONS[name](row[d], mean, sd, rms, *vectors[b, :, d].tolist())
-                assert out[b, t, d].item() == pytest.approx(expected, abs=2e-4)
+                expected = EQUATIONS[name](row[d], mean, sd, rms, *m[b, :, 0, d].tolist())
+                assert out[b, t, d].item() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_the_identity_of_a_mechanism_changes_nothing(name):
     """At its identity a mechanism returns what it was given; adaln-zero removes it."""
-    mechanism, hidden = film.MECHANISMS[name](), torch.randn(2, 5, 4)
-    identity = torch.tensor(mechanism.identity).float().repeat_interleave(4).expand(2, -1)
-    expected = torch.zeros_like(hidden) if name == "adaln-zero" else hidden
-    torch.testing.assert_close(mechanism(hidden, identity), expected, atol=0, rtol=0)
+    mechanism, h = film.MECHANISMS[name](), torch.randn(2, 5, 4)
+    identity = torch.tensor(mechanism.identity).float()[None, :, None, None].expand(2, -1, 1, 4)
+    given = film.apply_all(mechanism, h, identity)
+    expected = mechanism.norm(4)(h) if mechanism.adaptive else h
+    expected = torch.zeros_like(h) if name == "adaln-zero" else expected
+    torch.testing.assert_close(given, expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", film.MECHANISMS)
+def test_a_mechanism_acts_in_the_hooks_that_it_names_and_nowhere_else(name):
+    mechanism, h = film.MECHANISMS[name](), torch.randn(2, 5, 4)
+    m = torch.randn(2, len(mechanism.identity), 1, 4)
+    acting = {hook for hook in ("after_norm", "modulate", "gate")
+              if getattr(mechanism, hook)(h, m) is not h}
+    assert acting == HOOKS[name]
+
+
+def test_the_gate_scales_the_branch_alone():
+    """alpha multiplies, once and without the 1 that gamma has; gamma and beta leave it alone."""
+    mechanism, h = film.AdaLNZero(), torch.randn(3, 3, 3)
+    m = torch.randn(3, 3, 1, 3)
+    expected = torch.stack([m[b, 2, 0] * h[b] for b in range(3)])
+    assert torch.equal(mechanism.gate(h, m), expected)
+    assert torch.equal(mechanism.after_norm(h, m), film.AdaLN().after_norm(h, m[:, :2]))
+
+
+@pytest.mark.parametrize("name, norm, affine", [
+    ("film", torch.nn.LayerNorm, True), ("additive", torch.nn.LayerNorm, True),
+    ("cross-attention", torch.nn.LayerNorm, True), ("prefix", torch.nn.LayerNorm, True),
+    ("adaln", torch.nn.LayerNorm, False), ("adaln-zero", torch.nn.LayerNorm, False),
+    ("adarms", torch.nn.RMSNorm, False)])
+def test_adaptive_mechanisms_take_the_place_of_the_norm_s_own_scale_and_shift(name, norm, affine):
+    made = film.MECHANISMS[name]().norm(4)
+    assert type(made) is norm and bool(list(made.parameters())) == affine
+
+
+# Observations ------------------------------------------------------------------------------------
+
+def test_corners_of_a_turned_block():
+    quarter_turn = torch.tensor([100.0, 50.0, math.pi / 2])    # y points down: (x, y) -> (-y, x)
+    placed = film.place(torch.tensor(CORNERS).float(), quarter_turn)
+    expected = torch.tensor([(100 - y, 50 + x) for x, y in CORNERS]).float()
+    torch.testing.assert_close(placed, expected, atol=1e-4, rtol=0)
+
+
+def test_relative_features_by_hand():
+    """At the goal with the agent on corner 0, then with the block 2 px to the right of the goal."""
+    cos = sin = math.sqrt(0.5)
+    corners = torch.tensor([(256 + cos * x - sin * y, 256 + sin * x + cos * y) for x, y in CORNERS])
+    state = torch.tensor([[*corners[0].tolist(), *GOAL]])
+    from_agent, from_goal = state_encoder().features(state[None]).view(4, 8, 2)[:2]
+    torch.testing.assert_close(from_agent, (corners - corners[0]) / 256, atol=1e-4, rtol=0)
+    torch.testing.assert_close(from_goal, torch.zeros(8, 2), atol=1e-6, rtol=0)
+    state[0, 2] += 2
+    fine = state_encoder().features(state[None]).view(4, 8, 2)[3]
+    torch.testing.assert_close(fine[:, 0], torch.full((8,), math.tanh(0.1)), atol=1e-4, rtol=0)
+
+
+def test_the_agent_is_where_the_last_observation_has_it():
+    observations = torch.arange(20.0).view(2, 2, 5)
+    assert state_encoder().agent_position(observations).tolist() == [[5, 6], [15, 16]]
+
+
+def test_joint_encoder_is_sin_and_cos():
+    angles = torch.randn(5, 16, 3)
+    encoded = film.JointEncoder(horizon=16, num_joints=3)(angles)
+    torch.testing.assert_close(encoded.norm(dim=-1), torch.full((5, 16), math.sqrt(3)))
+    torch.testing.assert_close(torch.atan2(encoded[..., :3].double(), encoded[..., 3:].double()),
+                               torch.atan2(angles.sin(), angles.cos()).double())
+
+
+# F: o and tau to modulations ----------------------------------------------------------------------
+
+def conditioning(backbone_name="mlp", mechanism="film"):
+    torch.manual_seed(0)
+    backbone = make_backbone(backbone_name, conditioning=mechanism)
+    pathway = film.make_conditioning(backbone, "state", obs_steps=2, corners=CORNERS, goal=GOAL)
+    return backbone, pathway
+
+
+def test_two_halves_equal_one_product_on_the_concatenation():
+    """The paper's form: one Linear on Mish([tau, o]) with the two weights side by side."""
+    backbone, pathway = conditioning()
+    observations, tau = torch.rand(6, 2, 5) * 400, torch.randn(6, backbone.time_encoder.dim)
+    weight = torch.cat([pathway.time_part.weight, pathway.observation_part.weight], dim=1)
+    concatenated = torch.cat([tau, pathway.encoder(observations).flatten(1)], dim=1)
+    expected = F.linear(F.mish(concatenated), weight, pathway.observation_part.bias)
+    modulations = pathway(pathway.encode(observations), tau)
+    given = torch.cat([modulation.flatten(1) for modulation in modulations], dim=-1)
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mechanism", EQUATIONS)
+def test_one_modulation_per_layer_and_noise_draws_follow_their_observation(mechanism):
+    backbone, pathway = conditioning(mechanism=mechanism)
+    if mechanism == "adaln-zero":     # starts at zero, where all are equal
+        torch.nn.init.normal_(pathway.observation_part.weight)
+    o = pathway.encode(torch.rand(3, 2, 5) * 400)
+    modulations = pathway(o, torch.zeros(6, backbone.time_encoder.dim))
+    V = len(backbone.mechanism.identity)
+    assert [m.shape for m in modulations] == [(6, V, 1, w) for w in backbone.modulation_widths]
+    for modulation in modulations:
+        assert torch.equal(modulation[0::2], modulation[1::2])
+        assert not torch.equal(modulation[0], modulation[2])
+
+
+def test_every_noise_draw_has_its_own_timestep():
+    """Two draws of one observation differ by tau alone, and as two observations of it would."""
+    backbone, pathway = conditioning()
+    o, tau = pathway.encode(torch.rand(3, 2, 5) * 400), torch.randn(6, backbone.time_encoder.dim)
+    for several, each in zip(pathway(o, tau), pathway(o.repeat_interleave(2, dim=0), tau)):
+        torch.testing.assert_close(several, each)
+        assert not torch.allclose(several[0::2], several[1::2])
+
+
+def test_unknown_names_are_refused_with_what_is_allowed():
+    with pytest.raises(ValueError, match="'smell'.*state, joints"):
+        film.make_conditioning(make_backbone("mlp"), "smell")
 
 
 @pytest.mark.parametrize("backbone_name, name", [
@@ -143,12 +197,11 @@ def test_the_identity_of_a_mechanism_changes_nothing(name):
     for name in ("film", "additive", "adaln", "adarms", "adaln-zero")
     if (backbone_name, name) != ("unet", "adarms")])
 def test_a_fresh_pathway_starts_at_the_identity_on_average(backbone_name, name):
-    torch.manual_seed(0)
-    backbone = make_backbone(backbone_name, conditioning=name)
-    pathway = film.make_conditioning(backbone, "state", obs_steps=2, corners=CORNERS, goal=GOAL)
-    modulations = pathway(torch.rand(100, 2, 5) * 400)(backbone.time_encoder(torch.arange(100)))
+    backbone, pathway = conditioning(backbone_name, name)
+    o = pathway.encode(torch.rand(100, 2, 5) * 400)
+    modulations = pathway(o, backbone.time_encoder(torch.arange(100)))
     identity = {"film": (1, 0), "additive": (0,), "adaln-zero": (0, 0, 0)}.get(name, (0, 0))
-    vectors = zip(*[modulation.chunk(len(identity), dim=-1) for modulation in modulations])
+    vectors = zip(*[modulation.unbind(1) for modulation in modulations])
     for layers, value in zip(vectors, identity, strict=True):     # a layer alone is a small sample
         vector = torch.cat(layers, dim=-1)
         if name == "adaln-zero":
@@ -166,35 +219,37 @@ def token_pathway(observation="state", conditioning="cross-attention", **setting
 
 
 def test_tokens_are_one_for_the_timestep_then_one_for_each_observation():
-    """Each depends on its own observation step alone, and repeats follow their observation."""
+    """Each depends on its own observation step alone, and draws follow their observation."""
     backbone, pathway = token_pathway(obs_steps=2, corners=CORNERS, goal=GOAL)
     observations = torch.rand(3, 2, 5) * 400
     changed = observations.clone()
     changed[:, 1] += 30
-    embedding = torch.randn(6, backbone.time_encoder.dim)
-    tokens = pathway(observations, 2)(embedding)
+    o, tau = pathway.encode(observations), torch.randn(6, backbone.time_encoder.dim)
+    tokens = pathway(o, tau)
     assert tokens.shape == (6, 3, backbone.time_encoder.dim)
-    same = (tokens == pathway(changed, 2)(embedding)).all(-1)
+    same = (tokens == pathway(pathway.encode(changed), tau)).all(-1)
     assert same[:, :2].all() and not same[:, 2].any()
-    same = (tokens == pathway(observations, 2)(embedding + 1)).all(-1)
+    same = (tokens == pathway(o, tau + 1)).all(-1)
     assert same[:, 1:].all() and not same[:, 0].any()
     assert torch.equal(tokens[0::2, 1:], tokens[1::2, 1:])
+    assert not torch.equal(tokens[0, 1:], tokens[2, 1:])
 
 
-def test_one_row_of_time_serves_a_whole_batch():
-    tokens = token_pathway(obs_steps=2, corners=CORNERS, goal=GOAL)
-    for backbone, pathway in (conditioning(), tokens):
-        observed = pathway.from_observation(torch.rand(4, 2, 5) * 400)
-        timed = pathway.from_time(torch.randn(1, backbone.time_encoder.dim))
-        for one, four in zip(pathway.combine(observed, timed),
-                             pathway.combine(observed, timed.expand(4, -1))):
-            torch.testing.assert_close(one, four)
+def test_a_token_is_the_mlp_of_its_content_and_position():
+    """c_0 = MLP(tau + p_0) and c_s = MLP(W o_s + p_s), each token on its own."""
+    backbone, pathway = token_pathway(obs_steps=2, corners=CORNERS, goal=GOAL)
+    o, tau = torch.randn(4, 2, pathway.encoder.size), torch.randn(4, backbone.time_encoder.dim)
+    tokens = pathway(o, tau)
+    for b in range(4):
+        expected = [pathway.mlp(tau[b] + pathway.position[0])]
+        expected += [pathway.mlp(pathway.embed(o[b, s]) + pathway.position[1 + s]) for s in (0, 1)]
+        torch.testing.assert_close(tokens[b], torch.stack(expected))
 
 
 def test_stage_1_gives_one_token_for_each_joint_configuration():
     backbone, pathway = token_pathway("joints", horizon=16, num_joints=3)
-    condition = pathway(torch.randn(5, 16, 3))
-    assert condition(torch.randn(5, backbone.time_encoder.dim)).shape[:2] == (5, 17)
+    o = pathway.encode(torch.randn(5, 16, 3))
+    assert pathway(o, torch.randn(5, backbone.time_encoder.dim)).shape[:2] == (5, 17)
 
 
 def test_pose_and_none():
@@ -205,7 +260,7 @@ def test_pose_and_none():
         for kind in ("film", "prefix"):
             backbone, pathway = token_pathway(observation, kind, horizon=16)
             poses = torch.rand(2, 16, 2) * 512
-            embedding = torch.randn(2, backbone.time_encoder.dim)
-            one, other = (torch.cat([m.flatten() for m in pathway(p)(embedding)])
+            tau = torch.randn(2, backbone.time_encoder.dim)
+            one, other = (torch.cat([m.flatten() for m in pathway(pathway.encode(p), tau)])
                           for p in (poses, poses.flip(0)))
             assert torch.equal(one, other) == (observation == "none")

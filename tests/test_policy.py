@@ -1,26 +1,42 @@
-"""diffusion.DiffusionPolicy: what it denoises, and that acting equals the plain way to sample."""
+"""diffusion.DiffusionPolicy: what it denoises, how it acts, its files; and the same numbers, on any
+device, of every backbone with every mechanism.
+
+    python -m tests.test_policy      record tests/data/network_goldens.npz anew: read
+                                     test_the_networks_give_the_recorded_numbers before you do
+"""
+import ast
+import zlib
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 import film
-from diffusion import DiffusionPolicy
-from heads import make_backbone
+from diffusion import DDPM, DiffusionPolicy
+from heads import BACKBONES, MLP, Transformer, UNet, make_backbone
 
+ROOT = Path(__file__).parent.parent
+GOLDENS = ROOT / "tests" / "data" / "network_goldens.npz"
 CORNERS = [(-60, 0), (60, 0), (60, 30), (-60, 30), (-15, 30), (15, 30), (15, 120), (-15, 120)]
+GOAL = (256, 256, 0.785)
 SCALE = [30 + 12 * step for step in range(16)]
+PAIRS = [(name, mechanism) for name, kind in BACKBONES.items() for mechanism in kind.mechanisms]
 
 
-def make_policy(**settings):
+def make_policy(name="mlp", mechanism="film", action_range=(0, 512), **settings):
     torch.manual_seed(0)
-    backbone = make_backbone("mlp")
+    backbone = make_backbone(name, conditioning=mechanism)
     conditioning = film.make_conditioning(backbone, "state", obs_steps=2, corners=CORNERS,
-                                          goal=(256, 256, 0.785))
-    return DiffusionPolicy(conditioning, backbone, SCALE, **settings).eval()
+                                          goal=GOAL)
+    return DiffusionPolicy(conditioning, backbone, SCALE, action_range, **settings).eval()
 
 
 def observations(batch):
     return torch.rand(batch, 2, 5, generator=torch.Generator().manual_seed(1)) * 300 + 100
 
+
+# What is denoised --------------------------------------------------------------------------------
 
 def test_normalised_actions_are_displacements_over_the_scale_of_their_step():
     policy, agent = make_policy(), torch.tensor([[100.0, 200.0]])
@@ -34,28 +50,25 @@ def test_normalised_actions_are_displacements_over_the_scale_of_their_step():
     assert absolute.normalise(torch.tensor([[[0.0, 512.0]]]), agent).tolist() == [[[-1, 1]]]
 
 
-@pytest.mark.parametrize("sampling_steps", [None, 10])
-def test_act_equals_sampling_with_the_whole_network_at_every_step(sampling_steps):
-    """The two halves of the modulation, computed once each, change nothing."""
-    policy, seen = make_policy(sampling_steps=sampling_steps), observations(4)
-    fast = policy.act(seen, torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        chunk = policy.ddpm.sample(
-            lambda noisy, timestep: policy.backbone(noisy, timestep, policy.conditioning(seen)),
-            (4, 16, 2), sampling_steps, torch.Generator().manual_seed(2))
-    scale = torch.tensor(SCALE)[:, None]
-    slow = (chunk * scale + seen[:, -1:, :2])[:, 1:9].clamp(0, 512)
-    assert fast.shape == (4, 8, 2)
-    torch.testing.assert_close(fast, slow, atol=1e-3, rtol=0)
+def test_absolute_actions_are_places_in_the_action_range():
+    """Wherever the agent is; nothing is clipped, as the range holds all actions."""
+    policy = make_policy(relative=False, action_range=(-10, 30))
+    actions = torch.tensor([[[-10.0, 0.0], [10.0, 30.0]]])
+    expected = torch.tensor([[[-1.0, -0.5], [0.0, 1.0]]])
+    for agent in torch.tensor([[[0.0, 0.0]], [[20.0, -5.0]]]):
+        assert torch.equal(policy.normalise(actions, agent), expected)
+        assert torch.equal(policy.denormalise(expected, agent), actions)
 
 
-def test_act_takes_arrays_and_is_repeatable():
-    policy, seen = make_policy(), observations(3)
-    first = policy.act(seen, torch.Generator().manual_seed(3))
-    assert torch.equal(first, policy.act(seen.numpy(), torch.Generator().manual_seed(3)))
-    assert not torch.equal(first, policy.act(seen, torch.Generator().manual_seed(4)))
+def test_executed_actions_lie_in_the_action_range():
+    """And where the network asks for more, at its ends: (150, 250) px is less than it asks for."""
+    actions = make_policy(action_range=(150, 250)).act(observations(20))
+    assert actions.min() == 150 and actions.max() == 250
 
 
+# The loss -----------------------------------------------------------------------------------------
+
+@torch.no_grad()
 def test_loss_is_one_for_a_network_that_predicts_no_noise():
     """E |eps - 0|^2 = 1 whatever the actions: with 8 x 4 x 2 x 1,000 draws within 5 sigma of 1."""
     policy = make_policy(noise_samples=8, loss_steps=4)
@@ -70,21 +83,54 @@ def test_the_subset_of_steps_has_the_whole_chunk_s_gradient_in_expectation():
     gradients = {}
     for name, settings in {"whole": dict(noise_samples=3000),
                            "subset": dict(noise_samples=3000, loss_steps=4)}.items():
-        policy = make_policy(**settings)
+        policy = make_policy(**settings).requires_grad_(False)
+        bias = policy.backbone.output.bias.requires_grad_()     # the only gradient that is needed
         policy.loss(seen, actions).backward()
-        gradients[name] = policy.backbone.output.bias.grad
+        gradients[name] = bias.grad
     size = gradients["whole"].norm()
     assert (gradients["subset"] - gradients["whole"]).norm() < 0.1 * size
 
 
-def test_save_and_load_give_the_same_actions(tmp_path):
-    policy, seen = make_policy(executed_actions=4, sampling_steps=5), observations(2)
-    policy.save(tmp_path / "policy.pt")
-    loaded = DiffusionPolicy.load(tmp_path / "policy.pt")
-    assert not loaded.training and loaded.executed_actions == 4
-    assert torch.equal(policy.act(seen, torch.Generator().manual_seed(0)),
-                       loaded.act(seen, torch.Generator().manual_seed(0)))
-    assert [path.name for path in tmp_path.iterdir()] == ["policy.pt"]
+@pytest.mark.parametrize("name, mechanism", [("mlp", "film"), ("transformer", "prefix")])
+def test_an_observation_is_encoded_once(name, mechanism):
+    """For all its noise draws in the loss, and for all denoising steps in acting: with pictures
+    for observations this will be most of the cost."""
+    policy, encoded = make_policy(name, mechanism, noise_samples=8), []
+    policy.conditioning.encoder.register_forward_hook(
+        lambda module, given, o: encoded.append(len(o)))
+    policy.loss(observations(3), torch.rand(3, 16, 2) * 512)
+    assert encoded == [3]
+    policy.act(observations(5))
+    assert encoded == [3, 5]
+
+
+# Acting -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sampling_steps", [None, 10])
+def test_act_equals_sampling_with_the_whole_network_at_every_step(sampling_steps):
+    """Encoding the observation only once changes nothing."""
+    policy, seen = make_policy(sampling_steps=sampling_steps), observations(4)
+    given = policy.act(seen, torch.Generator().manual_seed(2))
+
+    def denoiser(noisy_actions, timestep):
+        o = policy.conditioning.encode(seen)
+        tau = policy.backbone.time_encoder(timestep)
+        return policy.backbone(noisy_actions, policy.conditioning(o, tau))
+
+    with torch.no_grad():
+        chunk = policy.ddpm.sample(denoiser, (4, 16, 2), sampling_steps,
+                                   torch.Generator().manual_seed(2))
+    scale = torch.tensor(SCALE)[:, None]
+    expected = (chunk * scale + seen[:, -1:, :2])[:, 1:9].clamp(0, 512)
+    assert given.shape == (4, 8, 2)
+    torch.testing.assert_close(given, expected, atol=1e-3, rtol=0)
+
+
+def test_act_takes_arrays_and_is_repeatable():
+    policy, seen = make_policy(), observations(3)
+    first = policy.act(seen, torch.Generator().manual_seed(3))
+    assert torch.equal(first, policy.act(seen.numpy(), torch.Generator().manual_seed(3)))
+    assert not torch.equal(first, policy.act(seen, torch.Generator().manual_seed(4)))
 
 
 def test_bad_observations_and_settings_are_refused():
@@ -97,3 +143,201 @@ def test_bad_observations_and_settings_are_refused():
         policy.act(torch.full((1, 2, 5), float("nan")))
     with pytest.raises(ValueError, match="1..15.*got 16"):
         make_policy(executed_actions=16)
+    with pytest.raises(ValueError, match="loss_steps=4.*UNet does"):
+        make_policy("unet", loss_steps=4)
+
+
+# Files --------------------------------------------------------------------------------------------
+
+def assert_same_actions(policy, other, seen):
+    assert torch.equal(policy.act(seen, torch.Generator().manual_seed(0)),
+                       other.act(seen, torch.Generator().manual_seed(0)))
+
+
+def test_save_and_load_give_the_same_actions(tmp_path):
+    policy, seen = make_policy(executed_actions=4, sampling_steps=5), observations(2)
+    policy.save(tmp_path / "policy.pt")
+    loaded = DiffusionPolicy.load(tmp_path / "policy.pt")
+    assert not loaded.training and loaded.executed_actions == 4
+    assert_same_actions(policy, loaded, seen)
+    assert [path.name for path in tmp_path.iterdir()] == ["policy.pt"]
+
+
+def test_absolute_actions_survive_the_file(tmp_path):
+    """Neither the kind of actions nor the board that they lie on is assumed by the loader."""
+    policy = make_policy(relative=False, action_range=(100, 300))
+    policy.save(tmp_path / "policy.pt")
+    loaded = DiffusionPolicy.load(tmp_path / "policy.pt")
+    assert not loaded.relative and (loaded.low, loaded.high) == (100, 300)
+    assert_same_actions(policy, loaded, observations(2))
+
+
+SMALL = [(MLP, dict(width=32, hidden=48, depth=2, dropout=0.2)),
+         (UNet, dict(time_dim=16, widths=(8, 16), kernel=3)),
+         (Transformer, dict(width=32, hidden=48, heads=2, depth=2, dropout=0.2))]
+
+
+@pytest.mark.parametrize("kind, size", SMALL)
+def test_what_the_classes_were_built_with_is_in_the_file(kind, size, tmp_path):
+    """No function that built them has to pin it on: any sizes, of no scale and with no default."""
+    backbone = kind(2, 12, "additive", **size)
+    encoder = film.StateEncoder(3, CORNERS, GOAL, width=24, depth=2)
+    conditioning = film.Conditioning(encoder, backbone.time_encoder.dim,
+                                     backbone.modulation_widths, backbone.mechanism)
+    settings = dict(obs_steps=3, executed_actions=5, sampling_steps=7, noise_samples=2)
+    policy = DiffusionPolicy(conditioning, backbone, SCALE[:12], (0, 512), **settings).eval()
+    policy.save(tmp_path / "policy.pt")
+    loaded = DiffusionPolicy.load(tmp_path / "policy.pt")
+    assert type(loaded.backbone) is kind and loaded.backbone.config == backbone.config
+    assert backbone.config == dict(size, name=kind.name, action_dim=2, horizon=12,
+                                   conditioning="additive")
+    assert loaded.config == policy.config and policy.config.items() >= settings.items()
+    assert loaded.conditioning.encoder.config == encoder.config
+    assert_same_actions(policy, loaded, torch.rand(2, 3, 5) * 400)
+
+
+def test_a_file_of_another_format_gets_one_clear_line(tmp_path):
+    policy, path = make_policy(), tmp_path / "policy.pt"
+    policy.save(path)
+    saved = torch.load(path, weights_only=True)
+    assert saved["format"] == 2
+    torch.save(dict(saved, format=1), path)
+    with pytest.raises(ValueError) as refused:
+        DiffusionPolicy.load(path)
+    assert str(refused.value) == f"{path} has policy format 1, this code reads 2"
+    for other, found in (([1, 2], "list"), ({"weights": 3}, None), (dict(saved, format=3), 3)):
+        torch.save(other, path)
+        with pytest.raises(ValueError, match=f"has policy format {found}, this code reads 2$"):
+            DiffusionPolicy.load(path)
+
+
+def test_missing_and_damaged_files_get_one_clear_line(tmp_path):
+    path = tmp_path / "policy.pt"
+    with pytest.raises(ValueError, match="^no policy file at .*policy.pt$"):
+        DiffusionPolicy.load(path)
+    path.write_bytes(b"not a policy")
+    with pytest.raises(ValueError, match="^.* is not a readable policy file .*$"):
+        DiffusionPolicy.load(path)
+    make_policy().save(path)
+    saved = torch.load(path, weights_only=True)
+    del saved["weights"]["backbone.norm.weight"]
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match="^.* does not fit this code .*$"):
+        DiffusionPolicy.load(path)
+
+
+# The same numbers as before -----------------------------------------------------------------------
+
+def random(seed, *shape):
+    """Standard normal numbers that no version of numpy or torch will change."""
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape))
+
+
+def network_numbers(name, mechanism):
+    """What a policy of laptop size computes, in float64, with weights that their names decide."""
+    settings = dict(noise_samples=2, loss_steps=4) if name == "mlp" else {}
+    policy = make_policy(name, mechanism, **settings).double()
+    with torch.no_grad():
+        for tensor_name, tensor in policy.named_parameters():
+            tensor.copy_(0.15 * random(zlib.crc32(tensor_name.encode()), *tensor.shape))
+    seen = 250 + 50 * random(1, 3, 2, 5)
+    actions = 250 + 80 * random(2, 3, 16, 2)
+    torch.manual_seed(7)
+    loss = policy.train().loss(seen, actions)
+    loss.backward()
+    gradients = [tensor.grad for tensor in policy.parameters() if tensor.grad is not None]
+    policy.eval()
+    with torch.no_grad():
+        o = policy.conditioning.encode(seen)
+        predicted = policy.predict_noise(random(3, 3, 16, 2), torch.tensor([0, 40, 99]), o)
+    return dict(loss=loss.item(), predicted=predicted.numpy(),
+                gradient=torch.cat([gradient.flatten() for gradient in gradients]).norm().item(),
+                act=policy.act(seen, torch.Generator().manual_seed(3)).numpy())
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name, mechanism", PAIRS)
+def test_the_networks_give_the_recorded_numbers(name, mechanism, float64):
+    """Loss, size of its gradient, predicted noise and actions (px), as commit 3bdb908 had them.
+
+    If it fails: you changed what is computed, and committed results are of other networks. Where
+    that is meant, record anew (see the top of this file) and say so in the commit and in
+    results/README.md. Where only a tensor was renamed, its weights here are others: give it its old
+    name in network_numbers. In float64 no other processor's rounding gets in the way; in float32
+    it is up to 2e-6.
+    """
+    with np.load(GOLDENS) as goldens:
+        for key, given in network_numbers(name, mechanism).items():
+            np.testing.assert_allclose(given, goldens[f"{name}/{mechanism}/{key}"],
+                                       rtol=1e-9, atol=1e-9, err_msg=key)
+
+
+# Devices ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, mechanism, observation", [
+    *[(*pair, "state") for pair in PAIRS],
+    *[(*pair, observation) for pair in (("mlp", "film"), ("transformer", "prefix"))
+      for observation in ("joints", "pose", "none")]])
+def test_no_tensor_is_made_on_the_wrong_device(name, mechanism, observation):
+    """torch's `meta` device has shapes but no numbers, and refuses tensors of another device as a
+    GPU would. Few timesteps, because it is slow."""
+    policy = make_policy(name, mechanism, noise_samples=2)
+    if observation != "state":
+        policy.conditioning = film.make_conditioning(policy.backbone, observation, horizon=16)
+    policy.loss_steps = None if policy.backbone.mixes_time else 4
+    policy.ddpm = DDPM(2)
+    policy.to("meta").train()
+    shape = {"state": (3, 2, 5), "joints": (3, 16, 3)}.get(observation, (3, 16, 2))
+    seen, actions = torch.empty(shape, device="meta"), torch.empty(3, 16, 2, device="meta")
+    agent = None if observation == "state" else torch.empty(3, 2, device="meta")
+    loss = policy.loss(seen, actions, agent)
+    loss.backward()
+    assert loss.is_meta and all(tensor.grad.is_meta for tensor in policy.parameters())
+    for policy.sampling_steps in (None, 2):
+        chunk = policy.eval().sample(seen)
+        assert chunk.is_meta and chunk.shape == (3, 16, 2)
+
+
+# Rooms --------------------------------------------------------------------------------------------
+
+PROJECT = {"film", "heads", "diffusion", "kinematics", "train", "sim_pusht"}
+KNOWS = {"film": set(), "heads": {"film"}, "diffusion": set(), "kinematics": set(),
+         "sim_pusht": set(), "train": PROJECT - {"train"}}
+ONLY_INSIDE_A_FUNCTION = {"diffusion": {"film", "heads"},     # a policy's file names its networks
+                          "kinematics": {"sim_pusht"}}        # the lesson compares the two motions
+
+
+def imported(node):
+    """The project's modules that a piece of code imports, functions in it left out, then within."""
+    outside, inside = set(), set()
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            outside |= {alias.name.split(".")[0] for alias in child.names}
+        elif isinstance(child, ast.ImportFrom):
+            outside.add((child.module or "").split(".")[0])
+        found, deeper = imported(child)
+        inside |= deeper
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            inside |= found
+        else:
+            outside |= found
+    return outside & PROJECT, inside & PROJECT
+
+
+@pytest.mark.parametrize("name", sorted(PROJECT))
+def test_no_import_runs_in_a_circle(name):
+    outside, inside = imported(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")))
+    assert outside == KNOWS[name]
+    assert inside <= ONLY_INSIDE_A_FUNCTION.get(name, set())
+
+
+if __name__ == "__main__":
+    torch.set_default_dtype(torch.float64)
+    np.savez_compressed(GOLDENS, **{f"{name}/{mechanism}/{key}": value for name, mechanism in PAIRS
+                                    for key, value in network_numbers(name, mechanism).items()})

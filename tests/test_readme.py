@@ -1,57 +1,175 @@
-"""README.md against the repository: tables, line counts, commands."""
-import json
+"""README.md and results/README.md against the repository: tables, numbers, lines, names, commands.
+
+After new runs a test here names the number that the text has to be given.
+"""
+import importlib
 import re
+import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from results import compare
+import train
+from results import compare, report
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "results/README.md").read_text(encoding="utf-8")
+MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+FLAGS = {flag for action in train.make_parser()._actions for flag in action.option_strings}
 
 
-@pytest.mark.parametrize("preset", re.findall(r"<!-- /(\w+) -->", README))
+def cells(preset):
+    return report.read(ROOT / "results" / f"{preset}.json")["cells"]
+
+
+def section(text, heading):
+    return text.split(f"## {heading}\n")[1].split("\n## ")[0]
+
+
+def rows(markdown):
+    """The rows of the tables in a text, each a list of its columns, headers left out."""
+    table = [[column.strip() for column in re.split(r"(?<!\\)\|", line)[1:-1]]
+             for line in markdown.splitlines() if line.startswith("|")]
+    separators = [i for i, row in enumerate(table) if not "".join(row).strip("-")]
+    return [row for i, row in enumerate(table) if i not in separators and i + 1 not in separators]
+
+
+def anchor(heading):
+    """What GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+# Numbers -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("preset", compare.PRESETS)
 def test_tables_are_those_of_the_result_files(preset):
-    cells = json.loads((ROOT / "results" / f"{preset}.json").read_text())["cells"]
-    _, shown, _ = compare.split_at_markers(README, preset)
-    assert shown == compare.table(preset, cells)
+    _, shown, _ = report.split_at_markers(RESULTS, preset)
+    assert shown == report.table(compare.PRESETS[preset], cells(preset))
+    assert shown == (ROOT / "results" / f"{preset}.md").read_text(encoding="utf-8")
 
 
-def test_every_result_file_has_its_table_in_the_readme():
+def test_every_question_has_its_section_with_table_and_figure():
     files = {path.stem for path in (ROOT / "results").glob("*.json")}
-    assert files and files == set(re.findall(r"<!-- /(\w+) -->", README))
+    assert files == set(compare.PRESETS) == set(re.findall(r"<!-- /(\w+) -->", RESULTS))
+    for name, preset in compare.PRESETS.items():
+        text = section(RESULTS, preset.question)
+        assert f"<!-- {name} -->" in text and f"]({name}.png)" in text
+
+
+@pytest.mark.parametrize("preset", compare.PRESETS)
+def test_every_error_in_a_verdict_is_that_of_a_row_or_of_a_difference_of_two(preset):
+    """So a verdict cannot outlive its runs. Differences of rows that share no run."""
+    by_label = report.groups(cells(preset))
+    known = []
+    for key in ("success_rate", "score"):
+        spreads = [report.spread(group, key) for group in by_label.values()]
+        known += spreads + [(a - b, np.hypot(e, f)) for a, e in spreads for b, f in spreads]
+    text = section(RESULTS, compare.PRESETS[preset].question)
+    _, _, verdict = report.split_at_markers(text, preset)
+    found = re.findall(r"([+-]?\d\.\d+)\s±\s(\d\.\d+)", verdict)
+    for mean, error in found:
+        # The halves of the last digit: 0.0325 may be written 0.032 or 0.033.
+        slack = 0.51 * 10.0 ** -len(error.split(".")[1])
+        assert any(abs(float(mean) - m) < slack and abs(float(error) - e) < slack
+                   for m, e in known), f"{mean} ± {error}"
 
 
 @pytest.mark.parametrize("preset, place", [("main", slice(0, 2)), ("recipes", slice(2, 4))])
 def test_what_to_expect_is_the_range_over_the_committed_seeds(preset, place):
     """The quick start names four ranges: score and success of task full, then of task near."""
-    text = " ".join(README.split("## Quick start")[1].split("## ")[0].split())
+    text = " ".join(section(README, "Quick start").split())
     ranges = [tuple(map(float, found)) for found in re.findall(r"(0\.\d+) to ([01]\.\d+)", text)]
-    cells = json.loads((ROOT / "results" / f"{preset}.json").read_text())["cells"]
-    cells = [cell for cell in cells if cell["cell"] == "DP-MLP, decoupled"]
-    expected = [(round(min(values), 3), round(max(values), 3)) for values in (
-        [cell[key] for cell in cells] for key in ("score", "success_rate"))]
-    assert len(cells) == 3 and ranges[place] == expected
+    group = report.groups(cells(preset))["DP-MLP, decoupled"]
+    expected = []
+    for key in ("score", "success_rate"):
+        values = [cell[key] for cell in group]
+        expected.append((round(min(values), 3), round(max(values), 3)))
+    assert len(group) == 3 and ranges[place] == expected
+
+
+def test_the_answers_are_those_of_the_result_files():
+    """Ours: "label mean ± error; ...", the label shortened at its start."""
+    presets = set()
+    for question, preset, ours, _, verdict in rows(section(README, "Answers")):
+        presets.add(preset)
+        means = {label: "{:.3f} ± {:.3f}".format(*report.spread(group, "success_rate"))
+                 for label, group in report.groups(cells(preset)).items()}
+        for answer in ours.split("; "):
+            label, number = re.fullmatch(r"(.+) (\d\.\d+ ± \d\.\d+)", answer).groups()
+            (full,) = [name for name in means if name == label] or \
+                [name for name in means if name.endswith(label)]
+            assert number == means[full], f"{preset}: {full} is {means[full]}"
+        assert len(verdict.split()) <= 5, verdict
+        heading = re.search(r"results/README\.md#([\w-]+)\)", question).group(1)
+        assert heading == anchor(compare.PRESETS[preset].question)
+    assert presets == set(compare.PRESETS)
+
+
+# Size --------------------------------------------------------------------------------------------
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 12_000
 
 
 def test_line_counts_are_within_ten_per_cent():
-    rows = re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", README, re.MULTILINE)
-    assert {name for name, _ in rows} == {path.name for path in ROOT.glob("*.py")}
-    for name, lines in rows:
-        actual = len((ROOT / name).read_text().splitlines())
-        assert abs(actual - int(lines)) <= 0.1 * actual, f"{name} has {actual} lines"
+    counts = {name.strip("`"): int(lines) for name, _, lines in rows(README.split("## ")[0])}
+    assert set(counts) == {path.name for path in ROOT.glob("*.py")}
+    for name, lines in counts.items():
+        actual = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(actual - lines) <= 0.1 * actual, f"{name} has {actual} lines"
 
 
-def test_pictures_and_modules_that_are_named_exist():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
-    for module in re.findall(r"python -m ([\w.]+)", README):
+def test_the_command_line_is_short_and_says_every_default():
+    actions = [action for action in train.make_parser()._actions if action.dest != "help"]
+    assert len(actions) <= 24
+    for action in actions:
+        assert "default" in action.help, action.option_strings
+
+
+# Names and commands ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, folder", [(README, ROOT), (RESULTS, ROOT / "results")])
+def test_files_and_anchors_that_are_linked_exist(text, folder):
+    links = re.findall(r"\]\((?!http)([^)]+)\)", text)
+    assert links
+    for link in links:
+        path, _, heading = link.partition("#")
+        assert (folder / path).exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", (folder / path).read_text("utf-8"), re.MULTILINE)
+            assert heading in map(anchor, headings), link
+
+
+@pytest.mark.parametrize("text", [README, RESULTS])
+def test_modules_files_and_names_in_the_code_that_are_named_exist(text):
+    for module in re.findall(r"python -m ([\w.]+)", text):
         assert module == "pytest" or (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+    for file in re.findall(r"[` ](\w+\.py)\b", text):
+        assert (ROOT / file).exists() or (ROOT / "results" / file).exists(), file
+    for name in re.findall(rf"`((?:{'|'.join(MODULES)})\.(?!py\b)[\w.]+)`", text):
+        module, *attributes = name.split(".")
+        found = importlib.import_module(module)
+        for attribute in attributes:
+            assert hasattr(found, attribute), name
+            found = getattr(found, attribute)
+
+
+def test_the_paper_line_by_line_names_something_in_every_row():
+    lines = rows(section(README, "The paper, line by line"))
+    assert 20 <= len(lines) <= 30
+    for paper, here in lines:
+        assert "`" in here or here.startswith("not here"), paper
 
 
 def test_every_flag_that_is_named_exists():
-    import train
-    for line in re.findall(r"python (train\.py[^`\n]*)", README):
-        arguments = line.split("#")[0].split()[1:]
-        train.parse([a for a in arguments if a not in ("--resume",)] + ["--device", "cpu"])
+    compare_flags = {"--check", "--episodes", "--play", "--collect", "--list"}
+    assert set(re.findall(r"(--[a-z][\w-]+)", README)) <= FLAGS | compare_flags
+    for line in re.findall(r"python train\.py([^`\n]*)", README):
+        train.parse([word for word in shlex.split(line, comments=True)] + ["--device", "cpu"])
+
+
+def test_the_questions_that_are_named_exist():
+    for name in re.findall(r"results\.compare (\w+)", README + RESULTS):
+        assert name in compare.PRESETS or name == "NAME", name

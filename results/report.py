@@ -1,0 +1,217 @@
+"""What becomes of the runs that results/compare.py makes: cells, a table in Markdown, a figure.
+
+A cell is one finished run: its summary.json, the label of its row (`cell`), its settings and its
+learning curve.
+"""
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+# What makes two runs comparable, but for the seed; the losses do not depend on the precision.
+KIND = ("backbone", "conditioning", "recipe", "task", "scale", "width", "pretrain_condition",
+        "pretrain_data", "demos", "num_demos", "stage1_steps", "steps", "learning_rate", "episodes",
+        "executed_actions")
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_run(folder):
+    """A run's cell, but for the label. OSError, ValueError, KeyError if the folder holds none."""
+    config = read(folder / "config.json")
+    settings = {key: config[key] for key in KIND}
+    return read(folder / "summary.json") | {"settings": settings, "curve": read_curve(folder)}
+
+
+def read_curve(folder, points=25):
+    """Some updates of each stage: stage -> [[update, seconds, loss, success or None], ...].
+
+    About so many points, counted back from the last, and all at which success was recorded.
+    """
+    with open(folder / "metrics.csv", encoding="utf-8") as file:
+        logged = list(csv.DictReader(file))
+    curve = {}
+    for stage in dict.fromkeys(row["stage"] for row in logged):
+        rows = [row for row in logged if row["stage"] == stage]
+        every = -(-len(rows) // points)
+        curve[stage] = []
+        for index, row in enumerate(rows, start=1):
+            success = float(row["success"]) if row["success"] else None
+            if (len(rows) - index) % every == 0 or success is not None:
+                step, seconds = int(row["step"]), float(row["seconds"])
+                loss = round(float(row["loss"]), 5)
+                curve[stage].append([step, seconds, loss, success])
+    return curve
+
+
+# Table -------------------------------------------------------------------------------------------
+
+def groups(cells):
+    """label -> the cells of all its seeds."""
+    by_label = {}
+    for cell in cells:
+        by_label.setdefault(cell["cell"], []).append(cell)
+    return by_label
+
+
+def spread(cells, key):
+    """Mean of "success_rate" or "score" over the seeds, and its standard error.
+
+    The error is that of the seeds or, where it is more, that of their scenes: two or three seeds
+    may agree by chance.
+    """
+    values = [cell[key] for cell in cells]
+    of_seeds = np.std(values, ddof=1) if len(values) > 1 else 0
+    error = "score_se" if key == "score" else "success_se"
+    of_scenes = np.mean([cell[error] ** 2 for cell in cells]) ** 0.5
+    return np.mean(values), max(of_seeds, of_scenes) / len(values) ** 0.5
+
+
+def table(preset, cells):
+    """Markdown: a row for each label. The paper has a column if it has a figure for any of them."""
+    paper = {label: figure for label, _, figure in preset.table()}
+    columns = ["", "success, mean ± s.e.", "each seed", "score, mean ± s.e.",
+               "trained / frozen parameters", "paper, other tasks"]
+    rows = [columns, ["---"] * len(columns)]
+    for label, group in groups(cells).items():
+        success = "{:.3f} ± {:.3f}".format(*spread(group, "success_rate"))
+        score = "{:.3f} ± {:.3f}".format(*spread(group, "score"))
+        seeds = [f"{cell['success_rate']:.3f}" for cell in group]
+        parameters = group[0]["parameters"]
+        sizes = [f"{parameters[part] / 1e6:.3g}M" for part in ("trained", "frozen")]
+        rows.append([label, success, " ".join(seeds), score, " / ".join(sizes), paper[label]])
+    if set(paper.values()) == {"-"}:
+        rows = [row[:-1] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", footnote(cells), ""])
+
+
+def footnote(cells):
+    """How many runs, in which precision, what they took, and by which code."""
+    precision = sorted({cell.get("precision", "fp32") for cell in cells})
+    seconds = sum(cell["seconds"]["total"] * cell["threads"] for cell in cells)
+    commits = sorted({cell["commit"] for cell in cells})
+    return (f"{len(cells)} runs in {' and '.join(precision)}, {seconds / 3600:.1f} core-hours, "
+            f"{cells[0]['episodes']} scenes each. Commits: {', '.join(commits)}.")
+
+
+def split_at_markers(text, name):
+    """What stands before, between and after <!-- name --> and <!-- /name -->.
+
+    Raises ValueError if the text lacks one of the two.
+    """
+    before, opened, rest = text.partition(f"<!-- {name} -->\n")
+    shown, closed, after = rest.partition(f"<!-- /{name} -->")
+    if not closed:
+        raise ValueError(f"there is no <!-- {name} --> and <!-- /{name} --> for the table")
+    return before + opened, shown, closed + after
+
+
+def publish(name, preset, cells, out):
+    """Write what is made of the cells to the folder `out`; for results/ also to its README.md."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(cell) for cell in cells)
+    (out / f"{name}.json").write_text('{"cells": [\n' + lines + "\n]}\n", encoding="utf-8")
+    text = table(preset, cells)
+    (out / f"{name}.md").write_text(text, encoding="utf-8")
+    draw(preset, cells, out / f"{name}.png")
+    if out.resolve() == HERE:
+        readme = HERE / "README.md"
+        before, _, after = split_at_markers(readme.read_text(encoding="utf-8"), name)
+        readme.write_text(before + text + after, encoding="utf-8")
+    print(text)
+
+
+# Figure ------------------------------------------------------------------------------------------
+
+def draw(preset, cells, path):
+    """Bars of success and score with their standard errors; below, success over stage 2."""
+    import matplotlib.pyplot as plt
+    rows = groups(cells)
+    panels = split_into_panels(rows)
+    colors = {}
+    for labels in panels.values():
+        colors |= {label: f"C{index}" for index, label in enumerate(labels)}
+    height = 0.3 * len(rows) + 1
+    width = min(3 * max(len(panels), 2) + 2, 18)
+    figure = plt.figure(figsize=(width, height + 5.5), layout="constrained")
+    figure.suptitle(f"{preset.question} (task {preset.task})")
+    upper, lower = figure.subfigures(2, height_ratios=(height, 5.5))
+    left, right = upper.subplots(1, 2, sharey=True)
+    draw_bars(left, rows, colors, "success_rate")
+    draw_bars(right, rows, colors, "score")
+    columns = lower.subplots(2, len(panels), sharex="row", sharey=True, squeeze=False).T
+    for axes, (head, labels) in zip(columns, panels.items()):
+        for label in labels:
+            name = label.removeprefix(f"{head}, ")
+            draw_curves(axes, rows[label], name, colors[label])
+        axes[0].set(title=head, xlabel="update of stage 2")
+        axes[1].set(xlabel="second, stage 1 included")
+        if axes[0].lines:
+            axes[0].legend(fontsize="x-small", handlelength=1)
+    for axis in columns[0]:
+        axis.set(ylabel="success on the way", xlim=(0, None), ylim=(0, 1))
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def split_into_panels(labels):
+    """head -> labels that share a panel of curves: they begin alike. "" collects the others."""
+    heads = [label.rpartition(", ")[0] for label in labels]
+    shared = [head for head in dict.fromkeys(heads) if head and heads.count(head) > 1]
+    panels = {head: [] for head in [*shared, ""]}
+    for label in labels:
+        head = next((head for head in shared if label.startswith(f"{head}, ")), "")
+        panels[head].append(label)
+    return {head: members for head, members in panels.items() if members}
+
+
+def draw_bars(axis, rows, colors, key):
+    """A bar for each label, a dot for each seed."""
+    for height, (label, cells) in enumerate(rows.items()):
+        mean, error = spread(cells, key)
+        axis.barh(height, mean, xerr=error, color=colors[label], alpha=0.5, capsize=3)
+        seeds = [cell[key] for cell in cells]
+        axis.plot(seeds, [height] * len(seeds), "k.", ms=5)
+    axis.set_xlabel(key.replace("_", " ") + " (dots: seeds)")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))     # the first row on top
+    axis.grid(axis="x", alpha=0.3)
+
+
+def draw_curves(axes, cells, name, color):
+    """Mean success of the seeds, over updates and over seconds.
+
+    The counterpart of the paper's Figure 3, which shows its running maximum.
+    """
+    by_step = {}     # update -> [(second, success) of each seed]
+    for cell in cells:
+        for step, second, success in played(cell):
+            by_step.setdefault(step, []).append((second, success))
+    if not by_step:
+        return
+    stage1 = np.mean([cell["seconds"].get("stage1", 0) for cell in cells])
+    steps = sorted(by_step)
+    seconds, success = np.array([np.mean(by_step[step], axis=0) for step in steps]).T
+    axes[0].plot(steps, success, ".-", color=color, label=name)
+    axes[1].plot(stage1 + seconds, success, ".-", color=color)
+
+
+def played(cell):
+    """Success over stage 2: [(update, second, success), ...], the last in all evaluation scenes.
+
+    Empty for a run from before success was recorded on the way.
+    """
+    points = []
+    for step, second, _, *success in cell["curve"]["stage2"]:
+        if success and success[0] is not None:
+            points.append((step, second, success[0]))
+    if points:
+        points.append((step, second, cell["success_rate"]))
+    return points

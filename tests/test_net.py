@@ -1,0 +1,540 @@
+"""A net under the rewriting: silent mistakes, with which everything still runs and even learns.
+
+Each test names the mistake that it catches. The loss and acting are tested with a network that
+cannot err (`Solver`), the training loop against the same loop written out by hand in numpy, and
+the recipe by watching `train_policy` itself at work.
+"""
+import copy
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import film
+import sim_pusht
+import train
+from diffusion import DDPM, DiffusionPolicy
+from heads import make_backbone
+from kinematics import BOARD, MOTIONS, Motion, PlanarArm
+
+SCALE = [30 + 12 * step for step in range(16)]     # px
+
+
+def observe(batch):
+    """Random observations (B,2,5): the agent moves far between the two."""
+    return torch.rand(batch, 2, 5, generator=torch.Generator().manual_seed(batch)) * 300 + 100
+
+
+def plan(observations):
+    """The actions (B,16,2) in px that these observations call for: no two steps or rows alike.
+
+    Far from the agent and beyond the board, so that scale and board clip some of them.
+    """
+    start, speed = observations[:, -1, None, 2:4], observations[:, :1, 3:5] / 10 - 25
+    return start + speed * torch.arange(16.0)[:, None]
+
+
+class Knowing(nn.Module):
+    """A conditioning that knows the plan, as the policy should denoise it."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = film.StateEncoder(2, sim_pusht.KEYPOINTS.tolist(), (256, 256, 0.8), width=1)
+
+    def encode(self, observations):
+        displacement = plan(observations) - observations[:, -1:, :2]
+        return (displacement / torch.tensor(SCALE)[:, None]).clamp(-1, 1)
+
+    def forward(self, o, tau):
+        """K noise draws for each observation stand next to each other."""
+        return [o.repeat_interleave(len(tau) // len(o), dim=0), tau]
+
+
+class Solver(nn.Module):
+    """A backbone that solves Ho, Eq. (4) for the noise, because it is told the clean actions."""
+    mixes_time = False
+    config = dict(action_dim=2)
+
+    def __init__(self):
+        super().__init__()
+        self.ddpm, self.seen = DDPM(), []
+
+    def time_encoder(self, timestep):
+        return timestep
+
+    def forward(self, noisy_actions, modulations, steps=None):
+        clean, timestep = modulations
+        every = torch.arange(16).expand(len(clean), -1)
+        steps = every if steps is None else steps
+        clean = clean.gather(1, steps[..., None].expand(-1, -1, 2))
+        signal, noise = (scale[timestep][:, None, None]
+                         for scale in (self.ddpm.signal_scale, self.ddpm.noise_scale))
+        predicted = (noisy_actions - signal * clean) / noise
+        self.seen.append(SimpleNamespace(timestep=timestep, steps=steps, noise=predicted,
+                                         noisy_actions=noisy_actions))
+        return predicted
+
+
+def solving_policy(**settings):
+    return DiffusionPolicy(Knowing(), Solver(), SCALE, action_range=(0, 512), **settings).eval()
+
+
+# The loss ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("settings", [dict(), dict(noise_samples=3), dict(loss_steps=4),
+                                      dict(noise_samples=3, loss_steps=4)],
+                         ids=["plain", "draws", "subset", "both"])
+def test_a_network_that_solves_for_the_noise_has_no_loss(settings):
+    """Agent of the first observation; horizon steps told in another order than gathered; noise of
+    other steps as target; draws tiled instead of next to each other; the target's clip forgotten.
+    """
+    torch.manual_seed(0)
+    observations = observe(16)
+    clean = Knowing().encode(observations)
+    assert 0.1 < (clean.abs() == 1).float().mean() < 0.9     # the clip has something to do
+    assert solving_policy(**settings).loss(observations, plan(observations)) < 1e-8
+
+
+def test_the_present_position_can_be_given():
+    """Stage 1 gives the agent's position: its observations are angles, and hold none."""
+    torch.manual_seed(0)
+    observations, policy = observe(16), solving_policy(noise_samples=2)
+    policy.conditioning.encode = lambda angles: Knowing().encode(observations)
+    elsewhere = torch.zeros(16, 16, 3)
+    assert policy.loss(elsewhere, plan(observations), observations[:, -1, :2]) < 1e-8
+    assert policy.loss(elsewhere, plan(observations), observations[:, 0, :2]) > 1e-3
+
+
+def test_every_noise_draw_has_its_own_timestep_and_all_timesteps_are_trained():
+    """Timestep 0 or 99 never drawn; one timestep for the batch, or for all draws of a sample."""
+    torch.manual_seed(0)
+    policy, observations = solving_policy(noise_samples=4), observe(64)
+    for _ in range(20):
+        policy.loss(observations, plan(observations))
+    timesteps = torch.stack([seen.timestep for seen in policy.backbone.seen])     # (20, 64 * 4)
+    counts = timesteps.flatten().bincount(minlength=100)          # of each 51, on average
+    assert len(counts) == 100 and (abs(counts - 51) < 40).all()
+    draws = timesteps.view(-1, 4)
+    assert (draws[:, 0] == draws[:, 1]).float().mean() < 0.03     # by chance: 1 in 100
+
+
+def test_every_number_has_its_own_noise():
+    """One noise for a whole batch, for all draws of a sample, for all steps or coordinates."""
+    torch.manual_seed(0)
+    policy, observations = solving_policy(noise_samples=4), observe(64)
+    policy.loss(observations, plan(observations))
+    noise = policy.backbone.seen[0].noise.view(64, 4, 16, 2)
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    for dim, size in enumerate(noise.shape):     # neighbours along each axis are independent
+        together = noise.narrow(dim, 0, size - 1) * noise.narrow(dim, 1, size - 1)
+        assert abs(together.mean()) < 0.1
+
+
+def test_every_noise_draw_has_its_own_subset_of_steps():
+    """A step twice in a subset; the same subset for the whole batch; some steps never."""
+    torch.manual_seed(0)
+    policy, observations = solving_policy(noise_samples=4, loss_steps=4), observe(64)
+    policy.loss(observations, plan(observations))
+    steps = policy.backbone.seen[0].steps                         # (64 * 4, 4)
+    assert all(len(set(row)) == 4 for row in steps.tolist())
+    counts = steps.flatten().bincount(minlength=16)               # of each 64, on average
+    assert len(counts) == 16 and (abs(counts - 64) < 40).all()
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_all_noise_draws_of_an_observation_get_its_own_condition(tokens):
+    """The pathway tiles its observations where the loss keeps draws next to each other."""
+    torch.manual_seed(0)
+    backbone = make_backbone("transformer", conditioning="prefix" if tokens else "film")
+    pathway = film.make_conditioning(backbone, "pose", horizon=16)
+    positions, timestep = torch.rand(3, 16, 2) * 512, torch.randint(100, (6,))
+    tau = backbone.time_encoder(timestep)
+    together = pathway(pathway.encode(positions), tau)
+    for row in range(6):
+        alone = pathway(pathway.encode(positions[row // 2][None]), tau[row:row + 1])
+        for one, several in zip(alone, together[row:row + 1] if tokens else together):
+            torch.testing.assert_close(one, several if tokens else several[row:row + 1])
+
+
+# Acting ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sampling_steps", [10, None])
+@pytest.mark.parametrize("executed", [1, 8, 15])
+def test_the_first_executed_action_is_that_of_the_present(executed, sampling_steps):
+    """Execution starts one step early or late; not Ta actions; relative to another position or
+    scale; beyond the board; sampling_steps or the generator not handed on."""
+    policy = solving_policy(executed_actions=executed, sampling_steps=sampling_steps)
+    observations = observe(5)
+    agent = observations[:, -1:, :2]
+    reach = torch.tensor(SCALE)[:, None]
+    expected = (agent + (plan(observations) - agent).clamp(-reach, reach)).clamp(0, 512)
+    given = policy.act(observations, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(given, expected[:, 1:1 + executed], atol=0.01, rtol=0)
+    denoised = policy.backbone.seen
+    assert len(denoised) == (sampling_steps or 100)
+    first_noise = torch.randn(5, 16, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(denoised[0].noisy_actions, first_noise)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_what_is_denoised_lies_in_the_clip_and_comes_back(relative):
+    """Absolute actions in [0, 1], or off the middle; an inverse with another factor."""
+    policy, agent = solving_policy(relative=relative), torch.tensor([[100.0, 200.0]])
+    ends = policy.denormalise(torch.tensor([-1.0, 1.0])[:, None, None].expand(2, 16, 2), agent)
+    reach = torch.tensor(SCALE)[:, None]
+    expected = torch.stack([agent - reach, agent + reach]) if relative else \
+        torch.tensor([0.0, 512.0])[:, None, None].expand(2, 16, 2)
+    torch.testing.assert_close(ends, expected)
+    inside = torch.rand(3, 16, 2) * 2 - 1
+    torch.testing.assert_close(policy.normalise(policy.denormalise(inside, agent), agent), inside)
+
+
+# The training loop -------------------------------------------------------------------------------
+
+class TwoNumbers(nn.Module):
+    """A stand-in for a policy: its loss is a parabola in two numbers, steeper in the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.double))
+        self.learned_in = []
+        self.eval()     # fit has to switch it
+
+    def loss(self, target):
+        self.learned_in.append("train" if self.training else "eval")
+        self.bf16 = torch.is_autocast_enabled("cpu")
+        return ((self.weight - target).square() * target.new_tensor([1, 5])).sum()
+
+
+TARGETS = np.random.default_rng(0).normal(size=(12, 2)) * np.linspace(0.2, 3, 12)[:, None]
+
+
+def decay(step):
+    """Of the average with cap 0.8 in an update, counted from 0: official code, EMAModel."""
+    return min(0.8, 1 - (1 + max(0, step - 1)) ** -0.75)
+
+
+def by_hand():
+    """12 updates: AdamW (Loshchilov & Hutter 2019, Alg. 2) with clipping, warm-up, cosine, EMA.
+
+    Returns what each update saw and left: losses (12,), averages (12, 2).
+    """
+    weight, mean, square, average = np.array([1.0, -2.0]), 0, 0, 0
+    losses, averages = [], []
+    for step, target in enumerate(TARGETS):
+        losses.append(((weight - target) ** 2 * [1, 5]).sum())
+        gradient = 2 * (weight - target) * [1, 5]
+        gradient = gradient * min(1, 4 / (np.linalg.norm(gradient) + 1e-6))
+        rate = 0.1 * min(1, (step + 1) / 4) * (1 + math.cos(math.pi * step / 12)) / 2
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.98 * square + 0.02 * gradient ** 2
+        weight = weight * (1 - rate * 1e-6)
+        weight = weight - rate * (mean / (1 - 0.9 ** (step + 1))
+                                  / (np.sqrt(square / (1 - 0.98 ** (step + 1))) + 1e-8))
+        average = decay(step) * average + (1 - decay(step)) * weight
+        averages.append(average)
+    return np.array(losses), np.array(averages)
+
+
+def fitted(tmp_path, policy, trained, **changes):
+    """Let train.fit make the 12 updates of `by_hand` in stage 2; returns the run."""
+    config, _ = train.parse(["--smoke", "--precision", "fp32", "--device", "cpu", "--steps", "12",
+                             "--learning-rate", "0.1", "--out", str(tmp_path / "run")])
+    vars(config).update(warmup=4, betas=(0.9, 0.98), clip_norm=4.0, ema_decay=0.8, log_every=3,
+                        checkpoint_every=5, play_every=1000)
+    vars(config).update(changes)
+    batches = ((target,) for target in torch.tensor(TARGETS))
+    run = train.Run(config)
+    train.fit("stage2", policy, trained, batches, config, run)
+    return run
+
+
+def test_fit_is_the_loop_written_out_by_hand(tmp_path):
+    """EMA never copied back, a plain mean, or with a constant decay; the schedule not stepped in
+    every update; no warm-up; no clipping; zero_grad forgotten; a wrong weight decay."""
+    policy = TwoNumbers()
+    fitted(tmp_path, policy, policy)
+    _, averages = by_hand()
+    np.testing.assert_allclose(policy.weight.detach(), averages[-1], atol=1e-9)
+    assert policy.learned_in == ["train"] * 12
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_row(tmp_path):
+    """The losses of all updates averaged again in every row, or only the last one logged."""
+    policy = TwoNumbers()
+    run = fitted(tmp_path, policy, policy, log_every=5)
+    losses, _ = by_hand()
+    expected = [losses[:5].mean(), losses[5:10].mean(), losses[10:].mean()]
+    assert [row[1] for row in run.rows] == [5, 10, 12]
+    assert [row[3] for row in run.rows] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loss_is_computed_in_the_precision_asked_for(precision, tmp_path):
+    """--precision without effect."""
+    policy = TwoNumbers()
+    fitted(tmp_path, policy, policy, precision=precision)
+    assert policy.bf16 == (precision == "bf16")
+
+
+def test_playing_on_the_way_is_done_by_the_average_and_leaves_no_trace(tmp_path, monkeypatch):
+    """Played with the present weights or in train mode; training goes on in eval mode, or from the
+    average, because the present weights were kept by reference; its time counted as training."""
+    policy, played, clock = TwoNumbers(), [], [0.0]
+
+    def evaluate(policy, *_):
+        clock[0] += 1000
+        played.append((policy.training, policy.weight.detach().numpy().copy()))
+        return dict(max_coverage=np.ones(2), final_coverage=np.zeros(2))
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    run = fitted(tmp_path, policy, policy, play_every=6)
+    _, averages = by_hand()
+    (training, weight), = played     # in the middle, not at the end
+    assert not training
+    np.testing.assert_allclose(weight, averages[5], atol=1e-9)
+    np.testing.assert_allclose(policy.weight.detach(), averages[-1], atol=1e-9)
+    assert policy.learned_in == ["train"] * 12
+    assert run.seconds == dict(stage2=0, evaluation=1000)
+
+
+def test_fit_averages_and_optimizes_the_trained_part_alone(tmp_path, monkeypatch):
+    """The frozen part in optimizer or average. It is in train mode as well, for its dropout."""
+    class WithFrozenPart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conditioning, self.backbone = TwoNumbers(), TwoNumbers().requires_grad_(False)
+
+        def loss(self, target):
+            self.backbone.learned_in.append("train" if self.backbone.training else "eval")
+            return self.conditioning.loss(target) + self.backbone.weight.sum()
+
+    given, original = [], torch.optim.AdamW
+
+    def adamw(parameters, **settings):
+        given.extend(parameters)
+        return original(given, **settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", adamw)
+    policy = WithFrozenPart()
+    fitted(tmp_path, policy, policy.conditioning)
+    assert [id(parameter) for parameter in given] == [id(policy.conditioning.weight)]
+    _, averages = by_hand()
+    np.testing.assert_allclose(policy.conditioning.weight.detach(), averages[-1], atol=1e-9)
+    assert policy.backbone.weight.tolist() == [1, -2]
+    assert policy.backbone.learned_in == ["train"] * 12
+
+
+# The recipe --------------------------------------------------------------------------------------
+
+def demonstrations():
+    """Two short episodes, written by hand."""
+    state = np.random.default_rng(0).uniform(100, 400, (60, 5)) * [1, 1, 1, 1, 0.01]
+    return dict(state=state, action=state[:, :2] + 5, episode_ends=np.array([25, 60]))
+
+
+@pytest.fixture
+def watch(tmp_path, monkeypatch):
+    """Run train_policy with some flags -> the policy, and for each stage what fit was given, copies
+    of the policy before and after it, and the modes that its modules were in at each loss."""
+    def run(*flags):
+        config, _ = train.parse(["--smoke", "--steps", "4", "--stage1-steps", "3", "--device", "cpu",
+                                 "--out", str(tmp_path / "run"), *flags])
+        stages, original, loss = {}, train.fit, DiffusionPolicy.loss
+
+        def fit(stage, policy, trained, *rest):
+            seen = SimpleNamespace(policy=policy, trained=trained, modes=[])
+            stages[stage] = seen
+            seen.before = copy.deepcopy(policy)
+            original(stage, policy, trained, *rest)
+            seen.after = copy.deepcopy(policy)
+
+        def watched_loss(policy, *batch):
+            *_, seen = stages.values()     # the stage that runs
+            seen.modes.append({module.training for module in policy.modules()})
+            return loss(policy, *batch)
+
+        monkeypatch.setattr(train, "fit", fit)
+        monkeypatch.setattr(DiffusionPolicy, "loss", watched_loss)
+        torch.manual_seed(0)
+        policy = train.train_policy(config, train.Run(config), demonstrations(),
+                                    torch.device("cpu"))
+        return policy, stages
+    return run
+
+
+def same(module, other):
+    """The names of the tensors that are equal in both, and of those that both have."""
+    ours, theirs = module.state_dict(), other.state_dict()
+    both = {name for name in ours if name in theirs and ours[name].shape == theirs[name].shape}
+    return {name for name in both if torch.equal(ours[name], theirs[name])}, both
+
+
+def trainable(module):
+    return {parameter.requires_grad for parameter in module.parameters()}
+
+
+@pytest.mark.parametrize("flag", ["--decoupled", "--pretrained"])
+def test_stage_2_goes_on_with_the_backbone_that_stage_1_left(flag, watch):
+    """Stage 2 on a fresh backbone, or on the one from before stage 1: stage 1 thrown away."""
+    _, stages = watch(flag)
+    stage1, stage2 = stages["stage1"], stages["stage2"]
+    equal, both = same(stage1.after.backbone, stage2.before.backbone)
+    assert equal == both == set(stage1.after.backbone.state_dict())
+    equal, both = same(stage1.before.backbone, stage1.after.backbone)
+    assert not equal and both                             # stage 1 trained all of it
+
+
+@pytest.mark.parametrize("flag", ["--decoupled", "--pretrained"])
+def test_stage_2_begins_with_a_fresh_conditioning(flag, watch):
+    """Stage 1's generators, or the part of them that takes the timestep, kept in stage 2."""
+    _, stages = watch(flag)
+    kept, fresh = stages["stage1"].after.conditioning, stages["stage2"].before.conditioning
+    equal, both = same(kept, fresh)
+    assert not equal and "time_part.weight" in both
+    assert not same(stages["stage1"].before.conditioning, fresh)[0] - {"observation_part.bias"}
+    expected = film.make_conditioning(stages["stage2"].policy.backbone, "none", horizon=2)
+    assert torch.equal(fresh.observation_part.bias, expected.observation_part.bias)
+
+
+@pytest.mark.parametrize("flag, frozen", [("--decoupled", True), ("--random-backbone", True),
+                                          ("--pretrained", False), (None, False)])
+def test_what_is_trained_in_stage_2(flag, frozen, watch):
+    """Freezing by shape or name; nothing frozen; the frozen backbone left in optimizer and average.
+
+    At width 96 some tensors of the backbone are of the same shape as some of the conditioning.
+    """
+    _, stages = watch("--width", "96", *[flag] if flag else [])
+    stage2 = stages["stage2"]
+    assert stage2.trained is (stage2.policy.conditioning if frozen else stage2.policy)
+    shapes = [{parameter.shape for parameter in module.parameters()}
+              for module in (stage2.policy.conditioning, stage2.policy.backbone)]
+    assert shapes[0] & shapes[1]
+    assert trainable(stage2.before.conditioning) == {True}
+    assert trainable(stage2.before.backbone) == {not frozen}
+    assert not same(stage2.before.conditioning, stage2.after.conditioning)[0] & set(
+        dict(stage2.policy.conditioning.named_parameters()))     # all of it learns
+    equal, both = same(stage2.before.backbone, stage2.after.backbone)
+    assert equal == (both if frozen else set())
+
+
+@pytest.mark.parametrize("flag", ["--decoupled", "--pretrained", "--random-backbone", None])
+def test_which_stages_there_are_and_in_which_mode(flag, watch):
+    """Stage 1 in eval mode, or a frozen backbone in eval mode: its dropout would be off. One
+    stage's number of updates in the other. A policy that is evaluated in train mode."""
+    policy, stages = watch(*[flag] if flag else [])
+    pretrains = flag in ("--decoupled", "--pretrained")
+    assert list(stages) == (["stage1", "stage2"] if pretrains else ["stage2"])
+    assert stages["stage2"].modes == [{True}] * 4
+    assert policy is stages["stage2"].policy
+    assert not any(module.training for module in policy.modules())
+    if pretrains:
+        stage1 = stages["stage1"]
+        assert stage1.modes == [{True}] * 3
+        assert stage1.trained is stage1.policy and trainable(stage1.before) == {True}
+
+
+@pytest.mark.parametrize("backbone", ["mlp", "transformer"])
+def test_the_policies_have_the_settings_asked_for(backbone, watch):
+    """A setting that train_policy does not hand on; a part of the horizon where steps mix."""
+    _, stages = watch("--decoupled", "--backbone", backbone, "--executed-actions", "3")
+    expected = dict(action_scale=SCALE, action_range=[0, 512], obs_steps=2, executed_actions=3,
+                    sampling_steps=10, relative=True, noise_samples=1, loss_steps=None)
+    if backbone == "mlp":
+        expected |= dict(noise_samples=2, loss_steps=4)
+    for stage in stages.values():
+        assert stage.policy.config == expected
+
+
+# The data of stage 1 -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("motion", ["arm", "fast"])
+def test_stage_1_pairs_angles_and_positions_of_the_same_instants(motion, monkeypatch):
+    """Angles and positions of different instants; the lead of two steps over the present forgotten,
+    or present and first executed step confused; another motion than --pretrain-data asks for."""
+    moved_by = []
+
+    def sample_windows(arm, batch, horizon, generator):
+        moved_by.append(arm.motion)
+        instants = torch.arange(horizon).expand(batch, -1)[..., None]
+        return instants.expand(-1, -1, 3), instants.expand(-1, -1, 2)
+
+    monkeypatch.setattr(PlanarArm, "sample_windows", sample_windows)
+    config, _ = train.parse(["--pretrain-data", motion])
+    angles, positions, present = next(train.kinematic_batches(None, config, torch.device("cpu")))
+    assert angles.shape == (128, 16, 3) and positions.shape == (128, 16, 2)
+    assert torch.equal(angles[0, :, 0], positions[0, :, 0])
+    # The step that is executed first, index To - 1, leads the present by two.
+    assert present.shape == (128, 2) and (positions[:, 1] == present + 2).all()
+    assert moved_by == [MOTIONS[motion]]
+
+
+# Evaluation --------------------------------------------------------------------------------------
+
+class Standing:
+    """A policy that stays where it is and writes down what it is given."""
+    action_scale, obs_steps = torch.ones(16, 1), 3
+
+    def __init__(self):
+        self.seen, self.drawn = [], []
+
+    def act(self, observations, generator):
+        self.seen.append(np.array(observations))
+        self.drawn.append(torch.rand(1, generator=generator).item())
+        return torch.as_tensor(observations)[:, -1:, :2].repeat(1, 4, 1)
+
+
+@pytest.mark.parametrize("task", ["full", "near"])
+def test_evaluation_plays_the_same_scenes_with_new_noise_in_every_chunk(task):
+    """Another evaluation seed or task; the generator made anew in every chunk, or not used; fewer
+    observations than the policy's."""
+    policies = [Standing(), Standing()]
+    for policy in policies:
+        result = train.evaluate(policy, task, 2, max_steps=12)
+    assert policies[0].drawn == policies[1].drawn and len(set(policies[0].drawn)) == 3
+    scenes = sim_pusht.PushT(2, task)
+    scenes.reset(100_000)
+    np.testing.assert_array_equal(policies[0].seen[0], np.stack([scenes.state()] * 3, axis=1))
+    np.testing.assert_array_equal(result["states"][0], scenes.state())
+    assert len(result["states"]) == 1 + 12
+
+
+def test_scores_by_hand():
+    """Final instead of largest coverage; success at exactly 0.95; a standard error over n."""
+    given = train.scores(dict(max_coverage=np.array([0.95, 0.96, 0.19, 0.0]),
+                              final_coverage=np.array([0.5, 0.3, 0.1, 0.0])))
+    assert given["episodes"] == 4
+    assert given["score"] == pytest.approx((1 + 1 + 0.2 + 0) / 4)
+    assert given["success_rate"] == 1 / 4                              # more than 0.95, not 0.95
+    assert given["score_se"] == pytest.approx(np.std([1, 1, 0.2, 0]) / 2)
+    assert given["success_se"] == pytest.approx(np.sqrt(1 / 4 * 3 / 4) / 2)
+    assert given["max_coverage"] == pytest.approx(0.525)
+    assert given["final_coverage"] == pytest.approx(0.225)
+
+
+# Kinematics --------------------------------------------------------------------------------------
+
+def test_the_elbow_is_on_the_same_side_everywhere():
+    """The other solution of the law of cosines, everywhere or in parts of the board.
+
+    The elbow's turn (x right, y down) is negative: the forearm turns back from the upper arm.
+    """
+    across = torch.linspace(0, BOARD, 30, dtype=torch.float64)
+    points = torch.stack(torch.meshgrid(across, across, indexing="ij"), dim=-1)
+    arm = PlanarArm()
+    base, elbow, _, hand = arm.joints(arm.inverse(points)).unbind(-2)
+    upper, forearm = elbow - base, hand - elbow
+    assert (upper[..., 0] * forearm[..., 1] - upper[..., 1] * forearm[..., 0] < 0).all()
+
+
+def test_half_of_the_pushing_is_slower_than_the_geometric_mean():
+    """Speeds drawn uniformly, not log-uniformly: the slow strokes that need precision are rare."""
+    pushing = Motion(stand_share=0, push_share=1, push_speed=(1, 9), stroke_steps=1e9, bend=0)
+    generator = torch.Generator().manual_seed(0)
+    _, positions = PlanarArm(motion=pushing).sample_windows(1000, 4, generator)
+    speed = positions.diff(dim=1).norm(dim=-1)
+    assert speed.median().item() == pytest.approx(3, abs=0.3)     # uniformly it would be 5
