@@ -363,31 +363,28 @@ def lesson(out):
     """Print what FiLM does to a few features, save out/film.png: each mechanism on one map."""
     import matplotlib.pyplot as plt
 
-    T, D = 16, 24
-    step = torch.arange(T)[:, None] / T
-    feature = torch.arange(D) / D
-    h = torch.sin(6 * step + 9 * feature)[None]                              # (1,T,D)
-    gamma = 1.5 * torch.cos(torch.pi * feature)
-    beta, alpha = feature, feature.round()                                   # (D,)
+    step = torch.arange(16)[:, None] / 16
+    feature = torch.arange(24) / 24
+    h = torch.sin(6 * step + 9 * feature)[None]                              # (B=1,T=16,D=24)
+    vectors = torch.stack([1.5 * torch.cos(torch.pi * feature), feature, feature.round()])
+    m = vectors[None, :, None]                                               # (B=1,V=3,1,D=24)
 
-    m = torch.stack([gamma, beta])[None, :, None]                            # (1,V,1,D)
-    after = FiLM().modulate(h, m)
-    print(f"Features h {tuple(h.shape)}, modulation m {tuple(m.shape)}: one gamma and one beta for\n"
-          "each feature, the same for all steps of the chunk.\n"
-          "   feature    gamma    beta   h at step 0, 8   FiLM(h) at step 0, 8")
+    after = FiLM().modulate(h, m[:, :2])
+    print(f"Features h {tuple(h.shape)}, modulation m {tuple(m[:, :2].shape)}: one gamma and one\n"
+          "beta for each feature, the same for all steps of the chunk.\n"
+          "   feature   gamma    beta   h at step 0, 8   FiLM(h) at step 0, 8")
     for d in (0, 8, 16, 23):
-        print(f"   {d:7d} {gamma[d]:8.2f}{beta[d]:8.2f} {h[0, 0, d]:8.2f},{h[0, 8, d]:5.2f}"
-              f" {after[0, 0, d]:12.2f},{after[0, 8, d]:5.2f}")
+        gamma, beta, _ = vectors[:, d]
+        print(f"   {d:7d} {gamma:7.2f} {beta:7.2f} {h[0, 0, d]:8.2f} {h[0, 8, d]:7.2f}"
+              f" {after[0, 0, d]:12.2f} {after[0, 8, d]:7.2f}")
 
-    vectors = {"film": [gamma, beta], "additive": [beta], "adaln": [gamma, beta],
-               "adarms": [gamma, beta], "adaln-zero": [gamma, beta, alpha]}
-    figure, axes = plt.subplots(1, 1 + len(vectors), figsize=(14, 3.4), sharey=True)
     maps = {"h: 16 steps, 24 features": h}
-    for name, given in vectors.items():
-        m = torch.stack(given)[None, :, None]
-        maps[name] = apply_all(MECHANISMS[name](), h, m)
-    for axis, (name, features) in zip(axes, maps.items()):
-        axis.imshow(features[0], cmap="coolwarm", vmin=-2.5, vmax=2.5, aspect="auto")
+    for name in ("film", "additive", "adaln", "adarms", "adaln-zero"):
+        mechanism = MECHANISMS[name]()
+        maps[name] = apply_all(mechanism, h, m[:, :len(mechanism.identity)])
+    figure, axes = plt.subplots(1, len(maps), figsize=(14, 3.4), sharey=True)
+    for axis, name in zip(axes, maps):
+        axis.imshow(maps[name][0], cmap="coolwarm", vmin=-2.5, vmax=2.5, aspect="auto")
         axis.set(title=name, xlabel="feature")
     axes[0].set_ylabel("step of the chunk")
     figure.tight_layout()

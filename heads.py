@@ -360,11 +360,15 @@ def make_backbone(name, scale="laptop", action_dim=2, horizon=16, conditioning="
 # The lesson ---------------------------------------------------------------------------------------
 
 # Millions of parameters, backbone and conditioning, of the official modules that are ever called.
-PAPER = {("unet", "film"): (244.06, 11.56), ("mlp", "film"): (4.78, 8.70),
-         ("transformer", "film"): (6.85, 4.35), ("transformer", "additive"): (6.85, 2.18),
-         ("transformer", "adaln"): (6.84, 4.35), ("transformer", "adarms"): (6.84, 4.35),
-         ("transformer", "adaln-zero"): (6.84, 6.53), ("transformer", "prefix"): (6.32, 0.56),
-         ("transformer", "cross-attention"): (8.43, 0.56)}
+PAPER = {"unet film": (244.06, 11.56), "mlp film": (4.78, 8.70),
+         "transformer film": (6.85, 4.35), "transformer additive": (6.85, 2.18),
+         "transformer adaln": (6.84, 4.35), "transformer adarms": (6.84, 4.35),
+         "transformer adaln-zero": (6.84, 6.53), "transformer prefix": (6.32, 0.56),
+         "transformer cross-attention": (8.43, 0.56)}
+# What is acted and observed: the paper's without its image encoders, and PushT's state.
+ACTION_DIM = {"paper": 10, "laptop": 2}
+OBSERVATION = {"paper": dict(observation="none", horizon=2, size=137),
+               "laptop": dict(obs_steps=2, corners=[[0, 0]] * 8, goal=[0, 0, 0])}
 
 
 def count(module):
@@ -372,46 +376,23 @@ def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def make_pair(name, scale, conditioning):
-    """A backbone and its pathway as shapes without memory, on torch's meta device.
-
-    Scale paper: the paper's actions and observations, without its image encoders. Laptop: PushT.
-    """
-    with torch.device("meta"):
-        if scale == "paper":
-            horizon = 10 if name == "transformer" else 16
-            backbone = make_backbone(name, scale, 10, horizon, conditioning)
-            return backbone, make_conditioning(backbone, "none", horizon=2, size=137)
-        backbone = make_backbone(name, scale, conditioning=conditioning)
-        return backbone, make_conditioning(backbone, obs_steps=2, corners=[[0, 0]] * 8,
-                                           goal=[0, 0, 0])
-
-
 def lesson(out):
     """Print who trains what, and the parameters of every backbone with every mechanism."""
     import matplotlib.pyplot as plt
-
-    backbone, pathway = make_pair("mlp", "laptop", "film")
-    print("1. Laptop DP-MLP with FiLM: normal training and stage 1 train all, stage 2 this:")
-    for part, module in (("backbone", backbone), ("conditioning", pathway)):
-        print(f"   {part:30}{count(module):11,} {'frozen' if module is backbone else 'trained'}")
-        for name, child in module.named_children():
-            print(f"   {'  .' + name:30}{count(child):11,}")
-
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
     for axis, scale in zip(axes, SIZES):
-        print(f"\n2. Scale {scale}, millions of parameters                        paper:\n"
-              f"   {'':28}{'backbone':>10}{'condit.':>9}{'encoder':>9}{'backbone':>11}{'condit.':>9}")
+        print(f"\nScale {scale}, millions of parameters. Normal training and stage 1 train all of "
+              "them,\nstage 2 freezes the backbone and trains a new conditioning.\n"
+              f"{'':28}  backbone  conditioning   the paper's")
         for name, kind in BACKBONES.items():
             for conditioning in kind.mechanisms:
-                modules = make_pair(name, scale, conditioning)
-                frozen, trained = (count(module) / 1e6 for module in modules)
-                encoder = count(modules[1].encoder) / 1e6
-                line = f"{frozen:10.3f}{trained - encoder:9.3f}{encoder:9.3f}"
-                if scale == "paper" and (name, conditioning) in PAPER:
-                    line += "{:11.2f}{:9.2f}".format(*PAPER[name, conditioning])
-                print(f"   {name:12}{conditioning:16}{line}")
-                label = f"{name}, {conditioning}"
+                with torch.device("meta"):     # shapes without memory
+                    backbone = make_backbone(name, scale, ACTION_DIM[scale], 16, conditioning)
+                    pathway = make_conditioning(backbone, **OBSERVATION[scale])
+                frozen, trained = count(backbone) / 1e6, count(pathway) / 1e6
+                label = f"{name} {conditioning}"
+                paper = PAPER.get(label) if scale == "paper" else None
+                print(f"{label:28}{frozen:10.3f}{trained:14.3f}   {paper or '-'}")
                 axis.barh(label, frozen, 0.8, color="lightsteelblue")
                 axis.barh(label, trained, 0.4, color="C1")
         axis.set(xscale="log", xlim=(0.1, 500), title=f"scale {scale}",
@@ -419,6 +400,13 @@ def lesson(out):
         axis.invert_yaxis()
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "heads.png", dpi=110)
+
+    backbone = make_backbone("mlp")
+    pathway = make_conditioning(backbone, **OBSERVATION["laptop"])
+    print("\nOf what these consist, laptop DP-MLP with FiLM:")
+    for part, module in (("frozen", backbone), ("trained", pathway)):
+        for name, parameter in module.named_parameters():
+            print(f"   {part:8} {name:28} {tuple(parameter.shape)}")
     print(f"\nPicture: {out / 'heads.png'}")
 
 

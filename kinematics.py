@@ -184,7 +184,7 @@ class PlanarArm:
 
     def _start_angles(self, count, generator):
         """Random poses on the board, (count,N) in rad: about a third of all poses are there."""
-        device = generator.device if generator else "cpu"
+        device = generator.device if generator else None    # None: torch's default
         low, high = torch.tensor(self.joint_limits, device=device).T
         share = torch.rand(4 * count, len(low), generator=generator, device=device)
         angles = low + (high - low) * share

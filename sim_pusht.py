@@ -180,6 +180,7 @@ def solve_contacts(normal, lever, overlap, speed, pull):
     by an impulse of at least -pull; a second system with the same matrix pushes out the overlap.
     Returns the block's velocity (n,), spin (n,) and the impulses (K, n) of the first system.
     """
+    solved = np.zeros(overlap.shape)
     touch, every = overlap >= 0, np.arange(overlap.shape[1])
     order = np.argsort(~touch, 0, kind="stable")[:touch.sum(0).max()]  # without the untouched
     touch, normal, lever, overlap, speed, pull = (
@@ -195,7 +196,6 @@ def solve_contacts(normal, lever, overlap, speed, pull):
             impulse[i] += change
             missing -= effects[i, :, None] * change
     total = impulse.sum(1)
-    solved = np.zeros((34, len(every)))
     solved[order, every] = impulse[:, 0]
     return sum(total * normal), sum(total * lever) / INERTIA, solved
 
@@ -203,22 +203,24 @@ def solve_contacts(normal, lever, overlap, speed, pull):
 class World:
     """B independent worlds of agent, block and walls.
 
-    Chipmunk visits contacts in an order that its history decides; here it is always stem, bar and
-    walls. That changes nothing away from walls: recorded pushes end where they did to 1e-12 px. A
-    block squeezed between agent and wall is another matter: ten sweeps do not converge, and the
-    order decides where it goes; 6 of 11 recorded pushes end more than 1 px elsewhere. So it is
-    where the agent starts with its centre inside the block (3 % of the resets): 8 % of such pushes
-    end more than 1 px elsewhere. Of 206 human episodes 205 replay to 0.002 px, one is 9 px off.
+    Chipmunk visits contacts in an order that its history decides; here it is always stem, bar,
+    walls. Away from walls that changes nothing: recorded pushes end where they did to 1e-12 px. But
+    where a block is squeezed between agent and wall, ten sweeps do not converge, and the order
+    decides where it goes: 6 of 11 recorded pushes (half of 1,320 random ones) end more than 1 px
+    elsewhere. So do 8 % of the pushes that start with the agent's centre inside the block, as 3 %
+    of the resets do. Of 206 human episodes 205 replay to 0.002 px; one of the latter is 9 px off.
     """
 
     def __init__(self, state):
         """Agents and blocks at rest, (B, 5); Chipmunk finds their contacts once."""
         B = len(state)
-        self.agent, self.agent_velocity = state[:, :2] @ [1, 1j], np.zeros(B, complex)
+        self.agent = state[:, :2] @ [1, 1j]
+        self.agent_velocity = np.zeros(B, complex)
         self.angle = state[:, 4].copy()
         self.center = state[:, 2:4] @ [1, 1j] + CENTER * np.exp(1j * self.angle)
         # Of the agent's contacts with stem and bar: the last impulse, and substeps since then.
-        self.impulse, self.age = np.zeros((2, B)), np.full((2, B), PERSISTENCE)
+        self.impulse = np.zeros((2, B))
+        self.age = np.full((2, B), PERSISTENCE)
         self._collide()
 
     def keep(self, mask):
@@ -229,8 +231,8 @@ class World:
     def drive(self, target):
         """One control step: the agents head for target (B,) complex."""
         for _ in range(SUBSTEPS):
-            pull = STIFFNESS * DT ** 2 * (target - self.agent)
-            self.agent_velocity = (1 - DAMPING * DT) * self.agent_velocity + pull
+            gain = STIFFNESS * DT ** 2 * (target - self.agent)
+            self.agent_velocity = (1 - DAMPING * DT) * self.agent_velocity + gain
             self.agent = self.agent + self.agent_velocity
             self.center = self.center + self.velocity
             self.angle = self.angle + self.spin
@@ -242,20 +244,23 @@ class World:
         offset = self.agent - self.center
         at_wall = np.abs(as_floats(self.center) - MIDDLE).max(1) >= FREE - REACH
         if np.abs(offset).min() > REACH + AGENT_RADIUS and not at_wall.any():
-            self.velocity, self.spin = np.zeros_like(self.center), np.zeros_like(self.angle)
+            self.velocity = np.zeros_like(self.center)
+            self.spin = np.zeros_like(self.angle)
             return
         rotation = np.exp(1j * self.angle)
         contacts = agent_contacts(offset, self.agent_velocity, rotation)
         normal, lever, overlap, speed = contacts
         touch = overlap >= 0
-        # A contact that is back after one or two substeps may take back its last impulse.
+        # A contact that is back after one or two substeps may take back its last impulse: rare, but
+        # without it 3 of 33 random pushes end elsewhere than in Chipmunk.
         pull = self.impulse * (touch & (self.age > 1) & (self.age <= PERSISTENCE))
         # A contact alone, in closed form: along the normal the block must not be slower than the
         # agent, and overlap is pushed out on top.
         mass = touch / (1 + lever * lever / INERTIA)
         impulse = np.maximum(speed * mass, -pull)
         total = impulse + push_out(overlap) * mass
-        self.velocity, self.spin = (total * normal).sum(0), (total * lever).sum(0) / INERTIA
+        self.velocity = (total * normal).sum(0)
+        self.spin = (total * lever).sum(0) / INERTIA
         # Where there may be more than one, solve for all together.
         coupled = (touch[0] & touch[1] | at_wall).nonzero()[0]
         if len(coupled):
@@ -319,7 +324,8 @@ class PushT:
     def set_state(self, state):
         """Set exactly this state (B, 5), see `state`, all at rest; returns the observation."""
         self._world = World(self._checked("state", state, 5))
-        self.steps, self.max_coverage = np.zeros(self.num_envs, int), np.zeros(self.num_envs)
+        self.steps = np.zeros(self.num_envs, int)
+        self.max_coverage = np.zeros(self.num_envs)
         self._coverage = block_coverage(self.block_pose())
         return self.observe()
 
@@ -380,7 +386,8 @@ class PushT:
         """Go on with the environments where mask (B,) is true, drop the others."""
         self._world.keep(mask)
         self._coverage = self._coverage[mask]
-        self.steps, self.max_coverage = self.steps[mask], self.max_coverage[mask]
+        self.steps = self.steps[mask]
+        self.max_coverage = self.max_coverage[mask]
         self.num_envs = len(self.steps)
 
 
@@ -544,10 +551,15 @@ NOISE, CLOSE_SHARE, STOP_COVERAGE = (0.0, 0.8, 1.5), 0.3, 0.965
 WIDE_SHARE = 0.25  # of the near task's demonstrations, these start anywhere
 
 _SPREAD = KEYPOINTS.var(0).sum()  # px^2: a turn by psi moves the corners sqrt(_SPREAD) psi (RMS)
-_FACES = [(-52, 52, 7, 1j), (-8 + 120j, 8 + 120j, 3, -1j),  # first, last contact, number, normal
-          (60 + 15j, 60 + 15j, 1, -1), (-60 + 15j, -60 + 15j, 1, 1),
-          (52 + 30j, 36 + 30j, 2, -1j), (-52 + 30j, -36 + 30j, 2, -1j),
-          (15 + 50j, 15 + 112j, 4, -1), (-15 + 50j, -15 + 112j, 4, 1)]
+_FACES = [  # first and last contact, their number, the inward normal
+    (-52, 52, 7, 1j),  # the bar's outer edge
+    (-8 + 120j, 8 + 120j, 3, -1j),  # the stem's end
+    (60 + 15j, 60 + 15j, 1, -1),  # the bar's ends
+    (-60 + 15j, -60 + 15j, 1, 1),
+    (52 + 30j, 36 + 30j, 2, -1j),  # the bar's inner edge, beside the stem
+    (-52 + 30j, -36 + 30j, 2, -1j),
+    (15 + 50j, 15 + 112j, 4, -1),  # the stem's sides
+    (-15 + 50j, -15 + 112j, 4, 1)]
 _BERTH = AGENT_RADIUS + CLEARANCE
 _DIAGONALS = np.array([-1 - 1j, 1 - 1j, 1 + 1j, 1 + 1j, -1 + 1j, -1 + 1j])
 _NODES = CORNERS[[0, 1, 2, 6, 7, 3]] + _BERTH * _DIAGONALS  # a ring around the convex corners
@@ -771,7 +783,8 @@ def expert_demonstrations(count, task="full", seed=0):
             lengths = np.zeros(number, int)  # 0: has failed
             for step in range(env.max_steps):
                 action = expert_action(state)
-                states[alive, step], actions[alive, step] = state, action
+                states[alive, step] = state
+                actions[alive, step] = action
                 done = env.max_coverage > STOP_COVERAGE  # so the last recorded state is beyond it
                 lengths[alive[done]] = step + 1
                 bar.update(int(done.sum()))
@@ -908,7 +921,7 @@ def lesson(folder, task):
     """Play the expert on eight scenes, print what happens, save a picture and a GIF."""
     env = PushT(8, task)
     state = env.reset(0)
-    print(f"8 scenes of task {task!r}; a state is agent x, y, block x, y and angle: {state.shape}.\n"
+    print(f"8 scenes of task {task!r}; a state is agent x, y, block x, y, angle: {state.shape}.\n"
           f"Scene 0: {np.round(state[0], 2)}, coverage {env.coverage()[0]:.3f}")
     result = play(env, lambda past: expert_action(past[:, -1])[:, None])
     states, lengths = result["states"], result["length"]

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -176,9 +177,6 @@ def kinematic_batches(demonstrations, config, device):
     """
     own_motion = config.pretrain_data == "demonstrations"
     arm = PlanarArm(motion=MOTIONS["arm" if own_motion else config.pretrain_data])
-    generator = torch.default_generator
-    if device.type == "cuda":
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
     if own_motion:
         agents = on_device(demonstrations, "state", device)[:, :2]
         window = windows(demonstrations, 0, HORIZON + LEAD, device)
@@ -187,7 +185,8 @@ def kinematic_batches(demonstrations, config, device):
             positions = agents[draw(window, config.batch_size)]
             angles = arm.inverse(positions)
         else:
-            angles, positions = arm.sample_windows(config.batch_size, HORIZON + LEAD, generator)
+            with device:     # with its random numbers
+                angles, positions = arm.sample_windows(config.batch_size, HORIZON + LEAD)
         condition = angles if config.pretrain_condition == "joints" else positions
         yield condition[:, LEAD:], positions[:, LEAD:], positions[:, OBS_STEPS - 1]
 
@@ -283,18 +282,17 @@ def success_on_the_way(policy, trained, average, config):
     return scores(result)["success_rate"]
 
 
-def draw_curves(rows, summary, path):
-    """Loss of each stage and success on the way, from the rows of metrics.csv."""
+def draw_curves(rows, path):
+    """Loss and success on the way over the updates, from the rows of metrics.csv."""
     import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for stage in ("stage1", "stage2"):
-        curve = [(step, loss) for name, step, _, loss, *_ in rows if name == stage]
-        left.plot(*np.reshape(curve, (-1, 2)).T, label=stage)
-    left.set(xlabel="update", ylabel="noise-prediction error (MSE)", yscale="log")
-    left.legend()
-    played = [(step, success) for _, step, *_, success in rows if success != ""]
-    right.plot(*zip(*played, (rows[-1][1], summary["success_rate"])), "C1o-")
-    right.set(xlabel="update of stage 2", ylabel="success (50 scenes; the last: all)", ylim=(0, 1))
+        for axis, column in zip(axes, (3, 5)):
+            points = [(row[1], row[column]) for row in rows if row[0] == stage and row[column] != ""]
+            axis.plot(*np.reshape(points, (-1, 2)).T, ".-", label=stage)
+    axes[0].set(xlabel="update", ylabel="noise-prediction error (MSE)", yscale="log")
+    axes[1].set(xlabel="update", ylabel="success (50 scenes; the last: all)", ylim=(0, 1))
+    axes[0].legend()
     with whole(path) as unfinished:
         figure.savefig(unfinished, dpi=110)
     plt.close(figure)
@@ -440,11 +438,11 @@ def default_folder(config):
     """The first free one of runs/<what distinguishes the run>, ...-2, ...; to resume: the last."""
     name = (f"{config.backbone}-{config.conditioning}-{config.recipe}-{config.task}-{config.scale}-"
             f"seed{config.seed}{'-smoke' * config.smoke}").replace("-film", "")
-    folders = [Path("runs", name)] + [Path("runs", f"{name}-{i}") for i in range(2, 1000)]
-    taken = [folder for folder in folders if (folder / "config.json").exists()]
-    if config.resume:
-        return taken[-1] if taken else folders[0]
-    return next(folder for folder in folders if folder not in taken)
+    before = folder = Path("runs", name)
+    for number in itertools.count(2):
+        if not (folder / "config.json").exists():
+            return before if config.resume else folder
+        before, folder = folder, Path("runs", f"{name}-{number}")
 
 
 def code_version():
@@ -585,9 +583,9 @@ def has_fast_bf16(device, backbone):
 def announce(config, demonstrations):
     """Say at the start what will be done, on what, and how long it takes."""
     twice = "twice " if config.scale == "laptop" and config.backbone != "mlp" else ""
-    print(f"{config.recipe} training of {config.backbone} on task {config.task}, with "
-          f"{len(demonstrations['episode_ends']):,} demonstrations. Scale {config.scale}, on "
-          f"{config.device} in {config.precision} with {torch.get_num_threads()} thread(s): about "
+    print(f"{config.recipe} training of {config.backbone}, scale {config.scale}, on task "
+          f"{config.task} with {len(demonstrations['episode_ends']):,} demonstrations; on "
+          f"{config.device}, {torch.get_num_threads()} thread(s), in {config.precision}: about "
           f"{twice}{config.time}.")
 
 
@@ -639,7 +637,8 @@ def train_and_evaluate(config, run, demonstrations):
     policy = train_policy(config, run, demonstrations, torch.device(config.device))
     policy.save(run.folder / "policy.pt")
     summary = summarise(policy, config, run.folder, run.seconds)
-    draw_curves(run.rows, summary, run.folder / "curves.png")
+    run.rows[-1][-1] = summary["success_rate"]
+    draw_curves(run.rows, run.folder / "curves.png")
     report(summary, run.folder)
     return summary
 

@@ -450,7 +450,21 @@ def test_the_policies_have_the_settings_asked_for(backbone, watch):
         assert stage.policy.config == expected
 
 
-# The data of stage 1 -----------------------------------------------------------------------------
+# The data ----------------------------------------------------------------------------------------
+
+def test_every_batch_is_drawn_anew():
+    """The same batch in every update; a generator that begins again in every stage or run."""
+    config, _ = train.parse([])
+    own, _ = train.parse(["--pretrain-data", "demonstrations"])
+    device, drawn = torch.device("cpu"), []
+    for make, settings in ((train.demonstration_batches, config), (train.kinematic_batches, own),
+                           (train.kinematic_batches, config)):
+        for batches in (make(demonstrations(), settings, device) for _ in range(2)):
+            drawn += [next(batches)[1], next(batches)[1]]
+    same = [[torch.equal(one, other) for one in drawn] for other in drawn]
+    assert same == np.eye(len(drawn)).tolist()
+
+
 
 @pytest.mark.parametrize("motion", ["arm", "fast"])
 def test_stage_1_pairs_angles_and_positions_of_the_same_instants(motion, monkeypatch):
