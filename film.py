@@ -13,7 +13,6 @@ section IV-E of its second version.
 
 Run alone:  python film.py       what each mechanism does to a feature map, in numbers and a picture
 """
-import argparse
 from pathlib import Path
 
 import torch
@@ -394,6 +393,4 @@ def lesson(out):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The lesson on conditioning.")
-    parser.add_argument("--out", type=Path, default=Path("runs/lessons"), help="picture folder")
-    lesson(parser.parse_args().out)
+    lesson(Path("runs/lessons"))

@@ -11,7 +11,6 @@ All three follow one template, so that two of them can be read side by side:
 
 Run alone:  python heads.py       who trains what, and the parameters next to the paper's
 """
-import argparse
 import math
 from pathlib import Path
 
@@ -400,17 +399,8 @@ def lesson(out):
         axis.invert_yaxis()
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "heads.png", dpi=110)
-
-    backbone = make_backbone("mlp")
-    pathway = make_conditioning(backbone, **OBSERVATION["laptop"])
-    print("\nOf what these consist, laptop DP-MLP with FiLM:")
-    for part, module in (("frozen", backbone), ("trained", pathway)):
-        for name, parameter in module.named_parameters():
-            print(f"   {part:8} {name:28} {tuple(parameter.shape)}")
     print(f"\nPicture: {out / 'heads.png'}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The table of parameters.")
-    parser.add_argument("--out", type=Path, default=Path("runs/lessons"), help="picture folder")
-    lesson(parser.parse_args().out)
+    lesson(Path("runs/lessons"))

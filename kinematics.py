@@ -7,9 +7,8 @@ wanders over the PushT board, and nothing is recorded. In the plane the paper's 
 Denavit-Hartenberg transforms (Eq. 5-7) is two sums, because the angles of the joints add up.
 
 Run alone, `python kinematics.py` checks the Jacobian, measures windows per second and saves a
-picture; `--demos FILE.npz` adds a demonstration file's statistics to it.
+picture.
 """
-import argparse
 import math
 import time
 from dataclasses import dataclass
@@ -80,7 +79,8 @@ class PlanarArm:
         self.joint_limits = [(-fold, fold)] * len(link_lengths)
         self.joint_limits[0] = (facing - quarter, facing + quarter)
 
-        nearest = math.dist(base, np.clip(base, 0, BOARD))
+        nearest_point = np.clip(base, 0, BOARD)
+        nearest = math.dist(base, nearest_point)
         across = max(x, BOARD - x)
         down = max(y, BOARD - y)
         furthest = math.hypot(across, down)
@@ -252,84 +252,39 @@ class PlanarArm:
 
 # The lesson ------------------------------------------------------------------------------------
 
-def target_windows(demonstrations, horizon=16):
-    """The agent's targets in demonstrations, cut within episodes: windows (B,T,2) in px.
-
-    demonstrations: a dict with `action` (N,2) in px and `episode_ends` (E,), as from
-    sim_pusht.load_demonstrations. Raises ValueError if no episode is as long as the horizon.
-    """
-    targets = demonstrations["action"].astype("float32")
-    episodes = np.split(targets, demonstrations["episode_ends"][:-1])
-    windows = []
-    for episode in map(torch.from_numpy, episodes):
-        if len(episode) >= horizon:
-            windows.append(episode.unfold(0, horizon, 4))
-    if not windows:
-        raise ValueError(f"no episode of the demonstrations has {horizon} steps or more")
-    return torch.cat(windows).mT
-
-
-def motion_statistics(positions):
-    """positions (B,T,2) in px -> speeds (B*(T-1),) in px a step, turning angles in degrees.
-
-    A turn counts only between two steps of more than 1 px: a pause has no heading.
-    """
-    step = positions.diff(dim=1)
-    x, y = step.unbind(-1)
-    speed = step.norm(dim=-1)
-    heading = torch.atan2(y, x).rad2deg()
-    turn = (heading.diff(dim=1) + 180).remainder(360) - 180
-    slower = speed.unfold(1, 2, 1).amin(-1)
-    return speed.flatten(), turn[slower > 1].abs()
-
-
-def lesson(out, demos=None):
-    """Print shapes, a check of the Jacobian and the motion's statistics; save a picture.
-
-    out: the picture's folder. demos: a demonstration file (.npz) to compare the motion with.
-    """
+def lesson(out):
+    """Print shapes, a check of the Jacobian and the motion's speeds; save out/kinematics.png."""
     import matplotlib.pyplot as plt
-    out.mkdir(parents=True, exist_ok=True)
-    motions = {}
-    if demos:
-        from sim_pusht import load_demonstrations
-        motions["demonstrations"] = target_windows(load_demonstrations(demos))
 
     arm = PlanarArm()
     start = time.perf_counter()
     angles, positions = arm.sample_windows(20_000, 16, torch.Generator().manual_seed(0))
-    print("1. Angles (rad)", angles.shape, "positions (px)", positions.shape)
-    print("   20,000 windows in", time.perf_counter() - start, "seconds")
+    seconds = time.perf_counter() - start
+    print("1. Angles in rad:", angles.shape)
+    print("   Positions in px:", positions.shape)
+    print("   Windows a second:", round(20_000 / seconds))
 
     pose = angles[0, 0]
-    print("2. Jacobian, px per rad:", arm.jacobian(pose))
+    print("2. Jacobian in px per rad:", arm.jacobian(pose))
     print("   by automatic differentiation:", torch.func.jacrev(arm.forward)(pose))
 
-    motions["arm"] = positions
-    figure, (board, speeds, turns) = plt.subplots(1, 3, figsize=(16, 5.5), layout="constrained")
+    velocity = positions.diff(dim=1)
+    speed = velocity.norm(dim=-1).flatten()
+    print("3. Median speed in px a step:", speed.median())
+
+    figure = plt.figure(figsize=(12, 5.5), layout="constrained")
+    board, speeds = figure.subplots(1, 2)
     board.plot(*positions[:80].numpy().T)
     poses = arm.joints(angles[:5, 0]).numpy()
     board.plot(*poses.T, "o-", lw=3)
     board.set_title("80 windows of 16 steps and five poses, px")
     board.set(xlim=(0, BOARD), ylim=(BOARD, 0), aspect="equal")
-    for name, windows in motions.items():
-        speed, turn = motion_statistics(windows)
-        print("3. Median speed in px a step:", name, speed.median())
-        speeds.hist(speed, range(31), density=True, alpha=0.5, label=name)
-        turns.hist(turn, range(0, 181, 5), density=True, alpha=0.5, log=True)
+    speeds.hist(speed, range(31), density=True)
     speeds.set_title("speed, px a step (10 Hz)")
-    turns.set_title("turn from step to step, degrees")
-    speeds.legend()
+    out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "kinematics.png", dpi=100)
     print("Picture:", out / "kinematics.png")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The lesson on the arm and its motion.")
-    parser.add_argument("--out", type=Path, default=Path("runs/lessons"), help="picture folder")
-    parser.add_argument("--demos", type=Path, help="demonstrations to compare with (.npz)")
-    arguments = parser.parse_args()
-    try:
-        lesson(arguments.out, arguments.demos)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"kinematics.py: {error}\n")
+    lesson(Path("runs/lessons"))

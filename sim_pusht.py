@@ -6,7 +6,7 @@ paper (arXiv 2511.12101) only uses this benchmark: a reader of the paper may ski
 In order: geometry, physics, environment, picture, expert, demonstrations and lesson.
 
     python sim_pusht.py          # lesson: the expert on a few scenes; a picture and a GIF
-    python sim_pusht.py --play   # push the block yourself and record demonstrations
+    python sim_pusht.py --play FILE.npz   # push the block yourself and record demonstrations
 """
 import argparse
 import zipfile
@@ -921,32 +921,27 @@ def lesson(folder, task):
     """Play the expert on eight scenes, print what happens, save a picture and a GIF."""
     env = PushT(8, task)
     state = env.reset(0)
-    print(f"8 scenes of task {task!r}; a state is agent x, y, block x, y, angle: {state.shape}.\n"
-          f"Scene 0: {np.round(state[0], 2)}, coverage {env.coverage()[0]:.3f}")
+    print("8 scenes; the state", state.shape, "is agent x, y, block x, y and angle. Scene 0:", state[0])
     result = play(env, lambda past: expert_action(past[:, -1])[:, None])
-    states, lengths = result["states"], result["length"]
+    states = result["states"]
     for step in range(0, len(states), 25):
-        coverage = block_coverage(states[step, :, 2:])
-        print(f"step {step:3d}: coverage {np.round(coverage, 2)}")
-    success = result["max_coverage"] > env.success_threshold
-    print(f"coverage above {env.success_threshold} in {success.sum()} of 8 scenes, after "
-          f"{lengths.mean():.0f} steps in the mean")
-    draw_rollouts(states, lengths, folder)
-    print(f"saved {folder}/rollouts.png and {folder}/rollout.gif")
+        print("step", step, "coverage", block_coverage(states[step, :, 2:]).round(2))
+    print("steps until coverage is above 0.95, or 300:", result["length"])
+    draw_rollouts(states, result["length"], folder)
+    print(f"Pictures: {folder}/rollouts.png and {folder}/rollout.gif")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="The PushT lesson, or a game that records.")
-    parser.add_argument("--play", action="store_true", help="push the block with the mouse")
-    parser.add_argument("--task", choices=START, default="full")
-    parser.add_argument("--seed", type=int, default=0, help="of the first scene to play")
-    parser.add_argument("--output", help="the lesson's folder (runs/lessons/sim_pusht), or the "
-                        "file that keeps the played episodes (runs/play/demonstrations.npz)")
+    flag = parser.add_argument
+    flag("--play", metavar="FILE", help="push the block with the mouse, keep the episodes in FILE")
+    flag("--task", choices=START, default="full", help="default full")
+    flag("--seed", type=int, default=0, help="of the first scene to play; default 0")
     options = parser.parse_args()
     try:
         if options.play:
-            Game(options.output or "runs/play/demonstrations.npz", options.task, options.seed)
+            Game(options.play, options.task, options.seed)
         else:
-            lesson(options.output or "runs/lessons/sim_pusht", options.task)
+            lesson("runs/lessons/sim_pusht", options.task)
     except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"sim_pusht.py: {error}\n")

@@ -25,7 +25,7 @@ from pathlib import Path
 # other on a busy machine; with OMP_WAIT_POLICY=PASSIVE, which never spins, they are hardly
 # faster than one. It must be set before torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -57,19 +57,19 @@ SETTINGS = {
         batch_size=128, noise_samples=2, loss_steps=4, sampling_steps=10,
         learning_rate=4e-3, warmup=100, betas=(0.9, 0.98), clip_norm=0.2, ema_decay=0.995,
         stage1_steps=2500, steps={"full": 18000, "near": 8000},
-        num_demos={"full": 2000, "near": 1500},
+        num_demos={"full": 2000, "near": 1500}, episodes=200,
         log_every=100, checkpoint_every=500, play_every=3000,     # multiples of log_every
-        time={"full": "8 minutes on 2 cores in bf16, 13 in fp32",
-              "near": "4 minutes on 2 cores in bf16, 6 in fp32"}),
+        time={"full": "8 minutes on 2 cores in bf16, 13 in fp32, for DP-MLP; the others: twice",
+              "near": "4 minutes on 2 cores in bf16, 6 in fp32, for DP-MLP; the others: twice"}),
     "paper": dict(
         batch_size=64, noise_samples=1, loss_steps=None, sampling_steps=None,
         learning_rate=1e-4, warmup=500, betas=(0.95, 0.999), clip_norm=math.inf, ema_decay=0.9999,
         stage1_steps=45000, steps=83000,
-        num_demos={"full": 2000, "near": 1500},
+        num_demos={"full": 2000, "near": 1500}, episodes=200,
         log_every=100, checkpoint_every=2000, play_every=10000,
         time="hours on a GPU"),
 }
-SMOKE = dict(steps=150, stage1_steps=100, num_demos=40, log_every=25, play_every=100,
+SMOKE = dict(steps=150, stage1_steps=100, num_demos=40, episodes=16, log_every=25, play_every=100,
              time="under a minute")
 
 
@@ -220,7 +220,7 @@ def windows(demonstrations, first, length, device):
     At an episode's edges its first or last frame is repeated.
     """
     ends = torch.as_tensor(demonstrations["episode_ends"], device=device)
-    frame = torch.arange(len(demonstrations["state"]), device=device)
+    frame = torch.arange(int(ends[-1]), device=device)
     episode = torch.searchsorted(ends, frame, right=True)
     starts = torch.cat([ends.new_zeros(1), ends])[episode]
     window = frame[:, None] + torch.arange(first, first + length, device=device)
@@ -243,8 +243,7 @@ def get_demonstrations(config):
     ends = demonstrations["episode_ends"][:config.num_demos]
     if config.num_demos and len(ends) < config.num_demos:
         raise ValueError(f"--num-demos {config.num_demos}, but {path} holds {len(ends)}")
-    return dict(state=demonstrations["state"][:ends[-1]],
-                action=demonstrations["action"][:ends[-1]], episode_ends=ends)
+    return demonstrations | {"episode_ends": ends}     # frames beyond the last end are not used
 
 
 # Evaluation --------------------------------------------------------------------------------------
@@ -329,7 +328,8 @@ class Run:
     MAY_DIFFER = "out", "resume", "device", "command"     # the work is the same
 
     def __init__(self, config):
-        self.config, self.saved = config, None
+        self.config = config
+        self.saved = {"stage": ""}     # before any stage
         self.seconds, self.rows, self.losses = {}, [], []
         self.folder = config.out or default_folder(config)
         settings = {key: value for key, value in vars(config).items() if key not in self.MAY_DIFFER}
@@ -355,17 +355,16 @@ class Run:
             self.saved = torch.load(read, map_location="cpu", weights_only=True)
             self.rows, self.seconds = self.saved["rows"], self.saved["seconds"]
         except FileNotFoundError:
-            raise ValueError(f"nothing to resume: there is no {read}; without it start anew, in "
-                             "another folder") from None
+            raise ValueError(f"nothing to resume: there is no {read}") from None
         except Exception as error:     # torch raises many kinds for a damaged file
-            raise ValueError(f"{read} is damaged: {type(error).__name__}") from None
+            raise ValueError(f"{read} is damaged or of older code: {type(error).__name__}") from None
         changed = [f"{key} was {before.get(key)!r}, is {asked.get(key)!r}"
                    for key in before | asked if before.get(key) != asked.get(key)]
         if changed:
             raise ValueError("--resume needs the run's own flags: " + "; ".join(changed))
 
     def is_past(self, stage):
-        return self.saved is not None and self.saved["stage"] > stage
+        return self.saved["stage"] > stage
 
     def updates(self, stage, steps, policy, trained, average, optimizer, schedule):
         """Yield the numbers of the updates that are left to do; do the book-keeping in between.
@@ -383,28 +382,32 @@ class Run:
             with timed(self.seconds, stage):
                 yield step
             if step % config.log_every == 0 or step == steps:
+                loss = self.mean_loss(stage, step)
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 success = ""
                 if stage == "stage2" and step % config.play_every == 0 and step < steps:
                     with timed(self.seconds, "evaluation"):
                         success = success_on_the_way(policy, trained, average, config)
-                self.log(stage, step, schedule.get_last_lr()[0], success)
-                bar.set_postfix(loss=f"{self.rows[-1][3]:.4f}", refresh=False)
+                self.log(stage, step, loss, schedule.get_last_lr()[0], success)
             if step % config.checkpoint_every == 0 or step == steps:
                 self.checkpoint(stage, step, parts)
 
     def record(self, loss):
         self.losses.append(loss.detach())
 
-    def log(self, stage, step, learning_rate, success):
-        """A row of metrics.csv, which is written anew: an interrupted run's may be ahead of it."""
+    def mean_loss(self, stage, step):
+        """The mean since the last call; ArithmeticError if it is no number."""
         with timed(self.seconds, stage):
             loss = float(torch.stack(self.losses).mean())     # waits for the GPU
         self.losses = []
         if not math.isfinite(loss):
             raise ArithmeticError(f"the loss became {loss} in {stage}, update {step}; try a lower "
                                   f"--learning-rate than {self.config.learning_rate:g}")
-        seconds = round(self.seconds[stage], 2)
-        self.rows.append([stage, step, seconds, loss, learning_rate, success])
+        return loss
+
+    def log(self, stage, step, *values):
+        """A row of metrics.csv, which is written anew: an interrupted run's may be ahead of it."""
+        self.rows.append([stage, step, round(self.seconds[stage], 2), *values])
         header = ["stage", "step", "seconds", "loss", "learning_rate", "success"]
         lines = [",".join(map(str, row)) + "\n" for row in [header, *self.rows]]
         with contextlib.suppress(PermissionError):     # open in a spreadsheet: the next time, then
@@ -423,7 +426,7 @@ class Run:
 
     def restore(self, stage, parts):
         """Load the checkpoint if it is of this stage; returns how many updates are done."""
-        if self.saved is None or self.saved["stage"] != stage:
+        if self.saved["stage"] != stage:
             self.checkpoint(stage, 0, parts)
             return 0
         for name, part in parts.items():
@@ -534,7 +537,7 @@ def make_parser():
          "where there is one")
 
     flag = parser.add_argument_group("evaluation and files").add_argument
-    flag("--episodes", type=int, default=200, metavar="N", help="evaluation scenes; default 200")
+    flag("--episodes", type=int, metavar="N", help="evaluation scenes; default 200")
     flag("--executed-actions", type=int, choices=range(1, HORIZON - OBS_STEPS + 2), default=8,
          metavar="N", help="how many actions of each chunk of 16 are carried out; default 8, the "
          "paper's")
@@ -567,8 +570,6 @@ def parse(arguments=None):
         file_decides = key == "num_demos" and config.demos
         if getattr(config, key, None) is None and not file_decides:
             setattr(config, key, value[config.task] if isinstance(value, dict) else value)
-    if config.smoke:
-        config.episodes = min(config.episodes, 16)
     return config, parser.error
 
 
@@ -582,11 +583,10 @@ def has_fast_bf16(device, backbone):
 
 def announce(config, demonstrations):
     """Say at the start what will be done, on what, and how long it takes."""
-    twice = "twice " if config.scale == "laptop" and config.backbone != "mlp" else ""
     print(f"{config.recipe} training of {config.backbone}, scale {config.scale}, on task "
           f"{config.task} with {len(demonstrations['episode_ends']):,} demonstrations; on "
           f"{config.device}, {torch.get_num_threads()} thread(s), in {config.precision}: about "
-          f"{twice}{config.time}.")
+          f"{config.time}.")
 
 
 def report(summary, folder):

@@ -1,5 +1,6 @@
-"""film.py: the mechanisms against their equations, observation features, F, tokens."""
+"""film.py: the mechanisms against their equations, observation features, F, tokens, the lesson."""
 import math
+import re
 
 import pytest
 import torch
@@ -264,3 +265,16 @@ def test_pose_and_none():
             one, other = (torch.cat([m.flatten() for m in pathway(pathway.encode(p), tau)])
                           for p in (poses, poses.flip(0)))
             assert torch.equal(one, other) == (observation == "none")
+
+
+# The lesson ---------------------------------------------------------------------------------------
+
+def test_the_numbers_of_the_lesson_are_gamma_times_h_plus_beta(tmp_path, capsys):
+    film.lesson(tmp_path)
+    rows = [[float(number) for number in re.findall(r"-?[\d.]+", line)]
+            for line in capsys.readouterr().out.splitlines() if re.match(r" +\d+ ", line)]
+    assert len(rows) == 4
+    for _, gamma, beta, h0, h8, after0, after8 in rows:     # rounded to 0.01
+        assert after0 == pytest.approx(gamma * h0 + beta, abs=0.02)
+        assert after8 == pytest.approx(gamma * h8 + beta, abs=0.02)
+    assert [path.name for path in tmp_path.iterdir()] == ["film.png"]

@@ -2,12 +2,14 @@
 gradients, and that every backbone learns with every mechanism.
 """
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import film
+import heads
 from diffusion import DiffusionPolicy
 from heads import (BACKBONES, MLP, SIZES, TimeEncoder, Transformer, UNet, UNetBlock, count,
                    make_backbone)
@@ -89,6 +91,14 @@ def test_mlp_never_mixes_time_steps():
     size = dependence(*laptop_mlp(), 16)
     assert torch.equal(size, size.diag().diag())                 # exactly zero off the diagonal
     assert (size.diag() > 0).all()
+
+
+def test_every_horizon_step_of_the_mlp_has_its_own_input_matrix_and_bias():
+    """Drawn with deviation 1, as in the official code, where 1/sqrt(fan-in) is usual."""
+    backbone, _ = laptop_mlp()
+    for weight in (backbone.input_weight, backbone.input_bias):
+        assert abs(weight.std() - 1) < 0.05
+        assert len(weight.unique(dim=0)) == 16
 
 
 def test_mlp_on_a_subset_of_steps_equals_those_steps_of_the_whole():
@@ -268,6 +278,12 @@ def test_unet_mixes_all_time_steps(mechanism):
     assert backbone.mixes_time and Transformer.mixes_time
 
 
+def test_tokens_in_front_see_each_other_and_nothing_of_the_actions():
+    mask = heads.causal_mask(5, 2, "cpu")
+    assert mask.int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0],
+                                   [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
 @pytest.mark.parametrize("mechanism", ["cross-attention", "prefix"])
 def test_which_tokens_an_action_sees(mechanism):
     """Cross-attention: action t sees the timestep and observations 0..t. Prefix: all of them."""
@@ -419,3 +435,15 @@ def test_a_horizon_that_cannot_be_halved_is_refused():
         make_backbone("unet", horizon=10)
     assert make_backbone("transformer", horizon=10).position.shape[0] == 10
     assert len(SIZES["laptop"]["unet"]["widths"]) == 3     # the levels that the message counts
+
+
+# The lesson ---------------------------------------------------------------------------------------
+
+def test_the_lesson_prints_the_paper_s_counts_beside_ours(tmp_path, capsys):
+    heads.lesson(tmp_path)
+    rows = re.findall(r"([\d.]+) +([\d.]+) +\(([\d.]+), ([\d.]+)\)", capsys.readouterr().out)
+    assert len(rows) == 9
+    for row in rows:
+        backbone, conditioning, *papers = map(float, row)
+        assert [backbone, conditioning] == pytest.approx(papers, rel=0.005)
+    assert [path.name for path in tmp_path.iterdir()] == ["heads.png"]

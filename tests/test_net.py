@@ -472,7 +472,7 @@ def test_stage_1_pairs_angles_and_positions_of_the_same_instants(motion, monkeyp
     or present and first executed step confused; another motion than --pretrain-data asks for."""
     moved_by = []
 
-    def sample_windows(arm, batch, horizon, generator):
+    def sample_windows(arm, batch, horizon, generator=None):
         moved_by.append(arm.motion)
         instants = torch.arange(horizon).expand(batch, -1)[..., None]
         return instants.expand(-1, -1, 3), instants.expand(-1, -1, 2)

@@ -558,7 +558,7 @@ def test_unreadable_demonstrations_are_refused(tmp_path):
 
 def test_play_says_what_is_missing_without_a_display():
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "sim_pusht.py", "--play"], cwd=root, text=True,
+    done = subprocess.run([sys.executable, "sim_pusht.py", "--play", "nowhere.npz"], cwd=root, text=True,
                           capture_output=True, env=os.environ | {"MPLBACKEND": "agg"})
     assert done.returncode == 2
     assert "no window can be opened" in done.stderr and done.stderr.count("\n") == 1
