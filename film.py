@@ -152,11 +152,13 @@ class StateEncoder(nn.Module):
 
     def __init__(self, obs_steps, corners, goal, width=384, depth=3, per_step=False):
         super().__init__()
+        corners = [[float(x), float(y)] for x, y in corners]     # a file must not hold arrays
+        goal = [float(number) for number in goal]
         self.config = dict(observation="state", obs_steps=obs_steps, corners=corners, goal=goal,
                            width=width, depth=depth)
         self.obs_steps = obs_steps
         self.steps, self.size = obs_steps if per_step else 1, width
-        corners, goal = torch.tensor(corners).float(), torch.tensor(goal).float()
+        corners, goal = torch.tensor(corners), torch.tensor(goal)
         self.register_buffer("corners", corners)
         self.register_buffer("goal_corners", place(corners, goal))
         seen = 2 * 2 * corners.numel()             # from agent and goal, coarse and fine
@@ -369,8 +371,8 @@ def lesson(out):
     m = vectors[None, :, None]                                               # (B=1,V=3,1,D=24)
 
     after = FiLM().modulate(h, m[:, :2])
-    print(f"Features h {tuple(h.shape)}, modulation m {tuple(m[:, :2].shape)}: one gamma and one\n"
-          "beta for each feature, the same for all steps of the chunk.\n"
+    print("Features", h.shape, "and modulation", m[:, :2].shape)
+    print("One gamma and one beta for each feature, the same for all steps of the chunk.\n"
           "   feature   gamma    beta   h at step 0, 8   FiLM(h) at step 0, 8")
     for d in (0, 8, 16, 23):
         gamma, beta, _ = vectors[:, d]
@@ -381,12 +383,10 @@ def lesson(out):
     for name in ("film", "additive", "adaln", "adarms", "adaln-zero"):
         mechanism = MECHANISMS[name]()
         maps[name] = apply_all(mechanism, h, m[:, :len(mechanism.identity)])
-    figure, axes = plt.subplots(1, len(maps), figsize=(14, 3.4), sharey=True)
+    figure, axes = plt.subplots(1, len(maps), figsize=(14, 2.4), layout="constrained")
     for axis, name in zip(axes, maps):
-        axis.imshow(maps[name][0], cmap="coolwarm", vmin=-2.5, vmax=2.5, aspect="auto")
-        axis.set(title=name, xlabel="feature")
-    axes[0].set_ylabel("step of the chunk")
-    figure.tight_layout()
+        axis.imshow(maps[name][0].numpy(), cmap="coolwarm", vmin=-2.5, vmax=2.5)
+        axis.set(title=name, xlabel="feature", ylabel="step")
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "film.png", dpi=110)
     print(f"What each recipe trains of this pathway: python heads.py\nPicture: {out / 'film.png'}")

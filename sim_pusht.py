@@ -208,7 +208,7 @@ class World:
     where a block is squeezed between agent and wall, ten sweeps do not converge, and the order
     decides where it goes: 6 of 11 recorded pushes (half of 1,320 random ones) end more than 1 px
     elsewhere. So do 8 % of the pushes that start with the agent's centre inside the block, as 3 %
-    of the resets do. Of 206 human episodes 205 replay to 0.002 px; one of the latter is 9 px off.
+    of the resets do. Of 206 human episodes 205 replay to 0.002 px; one that starts so, to 9 px.
     """
 
     def __init__(self, state):
@@ -928,7 +928,7 @@ def lesson(folder, task):
         print("step", step, "coverage", block_coverage(states[step, :, 2:]).round(2))
     print("steps until coverage is above 0.95, or 300:", result["length"])
     draw_rollouts(states, result["length"], folder)
-    print(f"Pictures: {folder}/rollouts.png and {folder}/rollout.gif")
+    print("Pictures: rollouts.png and rollout.gif in", folder)
 
 
 if __name__ == "__main__":
