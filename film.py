@@ -158,7 +158,7 @@ class StateEncoder(nn.Module):
                            width=width, depth=depth)
         self.obs_steps = obs_steps
         self.steps, self.size = obs_steps if per_step else 1, width
-        corners, goal = torch.tensor(corners), torch.tensor(goal)
+        corners, goal = torch.tensor(corners).float(), torch.tensor(goal).float()
         self.register_buffer("corners", corners)
         self.register_buffer("goal_corners", place(corners, goal))
         seen = 2 * 2 * corners.numel()             # from agent and goal, coarse and fine

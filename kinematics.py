@@ -159,8 +159,8 @@ class PlanarArm:
         wrist = torch.full_like(bend, wrist)
         return torch.stack([shoulder, bend, wrist], dim=-1)
 
-    def sample_windows(self, batch, horizon, generator=None):
-        """An endless stream of random motion over the board, on the generator's device.
+    def sample_windows(self, batch, horizon, generator=None, device=None):
+        """An endless stream of random motion over the board, on the generator's device, or `device`.
 
         Returns angles (B,T,N) in rad within joint_limits and positions (B,T,2) in px within
         [0, 512], with positions = forward(angles): T steps at 10 Hz.
@@ -171,7 +171,8 @@ class PlanarArm:
             raise ValueError(f"batch must be >= 1 and horizon >= 2, got {batch} and {horizon}")
         # One window of 16 steps in eight meets a joint limit and is dropped, of longer ones more.
         drawn = batch + batch * horizon // 32 + 64
-        angles = self._start_angles(drawn, generator)
+        device = generator.device if generator else device
+        angles = self._start_angles(drawn, generator, device)
         path = self._paths(self.forward(angles), horizon, generator)
         trajectory = [angles]
         for displacement in path.diff(dim=1).unbind(1):
@@ -182,9 +183,8 @@ class PlanarArm:
         rows = self._valid_rows(angles, positions, batch)
         return angles[rows], positions[rows]
 
-    def _start_angles(self, count, generator):
+    def _start_angles(self, count, generator, device):
         """Random poses on the board, (count,N) in rad: about a third of all poses are there."""
-        device = generator.device if generator else None    # None: torch's default
         low, high = torch.tensor(self.joint_limits, device=device).T
         share = torch.rand(4 * count, len(low), generator=generator, device=device)
         angles = low + (high - low) * share
@@ -262,7 +262,7 @@ def lesson(out):
     seconds = time.perf_counter() - start
     print("1. Angles in rad:", angles.shape)
     print("   Positions in px:", positions.shape)
-    print("   Windows a second:", round(20_000 / seconds))
+    print("   Windows a second:", 20_000 // seconds)
 
     pose = angles[0, 0]
     print("2. Jacobian in px per rad:", arm.jacobian(pose))

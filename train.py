@@ -185,8 +185,7 @@ def kinematic_batches(demonstrations, config, device):
             positions = agents[draw(window, config.batch_size)]
             angles = arm.inverse(positions)
         else:
-            with device:     # with its random numbers
-                angles, positions = arm.sample_windows(config.batch_size, HORIZON + LEAD)
+            angles, positions = arm.sample_windows(config.batch_size, HORIZON + LEAD, device=device)
         condition = angles if config.pretrain_condition == "joints" else positions
         yield condition[:, LEAD:], positions[:, LEAD:], positions[:, OBS_STEPS - 1]
 
