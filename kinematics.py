@@ -279,7 +279,7 @@ def lesson(out):
     board.plot(*poses.T, "o-", lw=3)
     board.set_title("80 windows of 16 steps and five poses, px")
     board.set(xlim=(0, BOARD), ylim=(BOARD, 0), aspect="equal")
-    speeds.hist(speed, range(31), density=True)
+    speeds.hist(speed, range(31))
     speeds.set_title("speed, px a step (10 Hz)")
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "kinematics.png", dpi=100)
