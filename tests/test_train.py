@@ -261,6 +261,21 @@ def test_same_seed_same_numbers_and_resuming_changes_none(demos, tmp_path, monke
         assert all(torch.equal(value, load(stage)[key]) for key, value in load("whole").items())
 
 
+def test_help_states_the_defaults_that_the_settings_hold(capsys):
+    """A number typed in twice drifts: --help names what SETTINGS has, at both scales."""
+    with pytest.raises(SystemExit):
+        run_main("--help")
+    told = " ".join(capsys.readouterr().out.split())
+    laptop, paper = train.SETTINGS["laptop"], train.SETTINGS["paper"]
+    assert (f"default {laptop['steps']['full']}, near {laptop['steps']['near']}, "
+            f"paper {paper['steps']}") in told
+    assert f"default {laptop['stage1_steps']}, paper {paper['stage1_steps']}" in told
+    assert f"default {laptop['learning_rate']}, paper {paper['learning_rate']}" in told
+    assert laptop["num_demos"] == paper["num_demos"]
+    assert f"default {laptop['num_demos']['full']}, near {laptop['num_demos']['near']}" in told
+    assert f"evaluation scenes; default {laptop['episodes']}" in told
+
+
 # Bad input ---------------------------------------------------------------------------------------
 
 def refused(capsys, *arguments):
