@@ -472,7 +472,7 @@ def test_stage_1_pairs_angles_and_positions_of_the_same_instants(motion, monkeyp
     or present and first executed step confused; another motion than --pretrain-data asks for."""
     moved_by = []
 
-    def sample_windows(arm, batch, horizon, generator=None):
+    def sample_windows(arm, batch, horizon, **where):
         moved_by.append(arm.motion)
         instants = torch.arange(horizon).expand(batch, -1)[..., None]
         return instants.expand(-1, -1, 3), instants.expand(-1, -1, 2)
@@ -552,3 +552,14 @@ def test_half_of_the_pushing_is_slower_than_the_geometric_mean():
     _, positions = PlanarArm(motion=pushing).sample_windows(1000, 4, generator)
     speed = positions.diff(dim=1).norm(dim=-1)
     assert speed.median().item() == pytest.approx(3, abs=0.3)     # uniformly it would be 5
+
+
+# The mistakes themselves -------------------------------------------------------------------------
+
+def test_every_planted_mistake_still_finds_its_place():
+    """tests/mutants.py plants some 220 mistakes; a changed line must be changed there as well."""
+    from tests.mutants import MUTANTS, ROOT
+    code = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")}
+    for name, file, old, new, _, _, *more in MUTANTS:
+        for before, after in [(old, new), *more]:
+            assert code[file].count(before) == 1 and before != after, name
