@@ -342,8 +342,8 @@ def watch(tmp_path, monkeypatch):
     """Run train_policy with some flags -> the policy, and for each stage what fit was given, copies
     of the policy before and after it, and the modes that its modules were in at each loss."""
     def run(*flags):
-        config, _ = train.parse(["--smoke", "--steps", "4", "--stage1-steps", "3", "--device", "cpu",
-                                 "--out", str(tmp_path / "run"), *flags])
+        config, _ = train.parse(["--smoke", "--stage1-steps", "3", "--steps", "4", *flags,
+                                 "--device", "cpu", "--out", str(tmp_path / "run")])
         stages, original, loss = {}, train.fit, DiffusionPolicy.loss
 
         def fit(stage, policy, trained, *rest):
