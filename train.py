@@ -59,8 +59,8 @@ SETTINGS = {
         stage1_steps=2500, steps={"full": 18000, "near": 8000},
         num_demos={"full": 2000, "near": 1500}, episodes=200,
         log_every=100, checkpoint_every=500, play_every=3000,     # multiples of log_every
-        time={"full": "8 minutes on 2 cores in bf16, 13 in fp32, for DP-MLP; the others: twice",
-              "near": "4 minutes on 2 cores in bf16, 6 in fp32, for DP-MLP; the others: twice"}),
+        time={"full": "8 minutes on 2 cores in bf16, 10 in fp32, for DP-MLP; the others: twice",
+              "near": "4 minutes on 2 cores in bf16, 5 in fp32, for DP-MLP; the others: twice"}),
     "paper": dict(
         batch_size=64, noise_samples=1, loss_steps=None, sampling_steps=None,
         learning_rate=1e-4, warmup=500, betas=(0.95, 0.999), clip_norm=math.inf, ema_decay=0.9999,

@@ -487,6 +487,43 @@ def test_stage_1_pairs_angles_and_positions_of_the_same_instants(motion, monkeyp
     assert moved_by == [MOTIONS[motion]]
 
 
+def test_num_demos_takes_the_first_episodes_of_a_file(tmp_path):
+    """--num-demos without effect on a file, or frames of other episodes left in."""
+    np.savez(tmp_path / "demos.npz", **demonstrations())
+    config, _ = train.parse(["--demos", str(tmp_path / "demos.npz"), "--num-demos", "1"])
+    taken = train.get_demonstrations(config)
+    assert taken["episode_ends"].tolist() == [25]
+    assert len(taken["state"]) == len(taken["action"]) == 25
+    np.testing.assert_allclose(taken["state"], demonstrations()["state"][:25], rtol=1e-6)
+
+
+# The command line --------------------------------------------------------------------------------
+
+def test_main_seeds_everything_that_follows(monkeypatch):
+    """--seed without effect."""
+    seeds = []
+
+    def set_up(config):
+        seeds.append(torch.initial_seed())
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(train, "set_up", set_up)
+    with pytest.raises(SystemExit):
+        train.main(["--seed", "7"])
+    assert seeds == [7]
+
+
+def test_evaluate_executes_as_many_actions_as_asked_for(tmp_path):
+    """--executed-actions without effect on a saved policy."""
+    backbone = make_backbone("mlp")
+    pathway = film.make_conditioning(backbone, "none", horizon=2)
+    policy = DiffusionPolicy(pathway, backbone, SCALE, action_range=(0, 512))
+    policy.save(tmp_path / "policy.pt")
+    config, _ = train.parse(["--evaluate", str(tmp_path / "policy.pt"), "--executed-actions", "4"])
+    opened, _ = train.open_policy(config)
+    assert opened.executed_actions == 4 and not opened.training
+
+
 # Evaluation --------------------------------------------------------------------------------------
 
 class Standing:
