@@ -152,11 +152,17 @@ def test_all_noise_draws_of_an_observation_get_its_own_condition(tokens):
     pathway = film.make_conditioning(backbone, "pose", horizon=16)
     positions, timestep = torch.rand(3, 16, 2) * 512, torch.randint(100, (6,))
     tau = backbone.time_encoder(timestep)
-    together = pathway(pathway.encode(positions), tau)
+    together = numbers(pathway(pathway.encode(positions), tau))
     for row in range(6):
-        alone = pathway(pathway.encode(positions[row // 2][None]), tau[row:row + 1])
-        for one, several in zip(alone, together[row:row + 1] if tokens else together):
-            torch.testing.assert_close(one, several if tokens else several[row:row + 1])
+        o = pathway.encode(positions[row // 2][None])
+        alone = numbers(pathway(o, tau[row:row + 1]))
+        torch.testing.assert_close(alone[0], together[row])
+
+
+def numbers(condition):
+    """Modulations or tokens -> (B, all the numbers of a sample)."""
+    parts = condition if isinstance(condition, (list, tuple)) else [condition]
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
 # Acting ------------------------------------------------------------------------------------------
@@ -239,14 +245,14 @@ def by_hand():
     return np.array(losses), np.array(averages)
 
 
-def fitted(tmp_path, policy, trained, **changes):
+def fitted(tmp_path, policy, trained, targets=TARGETS, **changes):
     """Let train.fit make the 12 updates of `by_hand` in stage 2; returns the run."""
     config, _ = train.parse(["--smoke", "--precision", "fp32", "--device", "cpu", "--steps", "12",
                              "--learning-rate", "0.1", "--out", str(tmp_path / "run")])
     vars(config).update(warmup=4, betas=(0.9, 0.98), clip_norm=4.0, ema_decay=0.8, log_every=3,
                         checkpoint_every=5, play_every=1000)
     vars(config).update(changes)
-    batches = ((target,) for target in torch.tensor(TARGETS))
+    batches = ((target,) for target in torch.tensor(targets))
     run = train.Run(config)
     train.fit("stage2", policy, trained, batches, config, run)
     return run
@@ -270,6 +276,18 @@ def test_the_logged_loss_is_the_mean_since_the_last_row(tmp_path):
     expected = [losses[:5].mean(), losses[5:10].mean(), losses[10:].mean()]
     assert [row[1] for row in run.rows] == [5, 10, 12]
     assert [row[3] for row in run.rows] == pytest.approx(expected)
+
+
+def test_a_run_resumed_in_the_middle_ends_as_if_it_had_not_been_stopped(tmp_path):
+    """Average, optimizer or schedule begun anew; an update made twice; a row twice in the log."""
+    policy = TwoNumbers()
+    with pytest.raises(StopIteration):     # stopped in update 9; the checkpoint is of update 5
+        fitted(tmp_path, policy, policy, TARGETS[:8])
+    resumed = TwoNumbers()
+    run = fitted(tmp_path, resumed, resumed, TARGETS[5:], resume=True)
+    _, averages = by_hand()
+    np.testing.assert_allclose(resumed.weight.detach(), averages[-1], atol=1e-9)
+    assert [row[1] for row in run.rows] == [3, 6, 9, 12]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
