@@ -166,7 +166,8 @@ class DiffusionPolicy(nn.Module):
                  executed_actions=8, sampling_steps=10, relative=True, noise_samples=1,
                  loss_steps=None):
         super().__init__()
-        self.config = dict(action_scale=list(action_scale), action_range=list(action_range),
+        action_scale = list(map(float, action_scale))     # a file must not hold arrays
+        self.config = dict(action_scale=action_scale, action_range=list(map(float, action_range)),
                            obs_steps=obs_steps, executed_actions=executed_actions,
                            sampling_steps=sampling_steps, relative=relative,
                            noise_samples=noise_samples, loss_steps=loss_steps)
@@ -183,7 +184,7 @@ class DiffusionPolicy(nn.Module):
         self.sampling_steps, self.relative = sampling_steps, relative
         self.noise_samples, self.loss_steps = noise_samples, loss_steps
         self.low, self.high = action_range
-        self.register_buffer("action_scale", torch.tensor(action_scale).float()[:, None])
+        self.register_buffer("action_scale", torch.tensor(action_scale)[:, None])
 
     def normalise(self, actions, agent):
         """Actions (B,T,A) in px, the agent's position (B,A) in px -> what is denoised, in [-1, 1]."""
@@ -200,7 +201,8 @@ class DiffusionPolicy(nn.Module):
     def predict_noise(self, noisy_actions, timestep, o, **steps):
         """The whole network: noisy_actions (B,T,A), timestep (B,), encoded observation o -> noise.
 
-        Paper eq. 10: Phi has made o; F and G follow. In stage 2 only the middle line is trained.
+        Paper eq. 10: Phi has made o; f_tau, F and G follow. Of the three lines below only the middle
+        one, F, is trained in stage 2 (and Phi): the others are frozen.
         """
         tau = self.backbone.time_encoder(timestep)
         modulations = self.conditioning(o, tau)

@@ -171,9 +171,8 @@ class StateEncoder(nn.Module):
         self.mlp = nn.Sequential(*layers, nn.Linear(inputs, width), nn.LayerNorm(width))
 
     def check(self, observations):
-        """observations as they are fed to a policy; raises ValueError if they cannot be encoded."""
-        expected = (self.obs_steps, 5)
-        if observations.dim() != 3 or observations.shape[1:] != expected:
+        """Raises ValueError if observations are not (B, To, 5), or hold NaN or infinity."""
+        if observations.dim() != 3 or observations.shape[1:] != (self.obs_steps, 5):
             raise ValueError(f"observations must have shape (B, {self.obs_steps}, 5), "
                              f"got {tuple(observations.shape)}")
         if not observations.isfinite().all():

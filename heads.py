@@ -399,7 +399,7 @@ def lesson(out):
         axis.invert_yaxis()
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "heads.png", dpi=110)
-    print(f"\nPicture: {out / 'heads.png'}")
+    print("Picture:", out / "heads.png")
 
 
 if __name__ == "__main__":

@@ -444,7 +444,7 @@ class Painter:
         self.shares = np.stack([1 - share, share], 1).astype(np.float32)
         depth = np.abs(self.taps - MIDDLE) - FREE
         depth = np.maximum(depth, depth[:, None])
-        self.wall = ((depth >= 0) & (depth <= 4)).nonzero()
+        self.wall = (depth >= 0) & (depth <= 4)
         self.background = np.full((3, 2 * size, 2 * size), 255, np.float32)
         self.draw_block(self.background, GOAL, 0.5, ("goal", "goal"))
 
@@ -480,7 +480,7 @@ class Painter:
         canvas = self.background.copy()
         self.draw_block(canvas, state[2:], 2.5, ("fill", "edge"))
         self.draw_agent(canvas, state[:2])
-        canvas[:, *self.wall] = np.array(COLORS["wall"])[:, None]
+        canvas[:, self.wall] = np.array(COLORS["wall"])[:, None]
         upper, lower = self.shares.T[..., None]
         canvas = canvas[:, ::2] * upper + canvas[:, 1::2] * lower
         left, right = self.shares.T

@@ -48,7 +48,7 @@ ACTION_SCALE = [30 + 12 * step for step in range(HORIZON)]
 # the arm's path the same lead over the present position.
 LEAD = 2
 
-# `paper` is section 2 of the paper's configuration; `laptop` trains a small network fast: a high
+# `paper` is the paper's configuration; `laptop` trains a small network fast: a high
 # learning rate, two noise draws for each encoded observation, a random 4 of the 16 horizon steps.
 # (Where time steps mix, all 16 and one draw: still twice the work.) At such rates training is on
 # the edge: hence the clipped gradients and the small betas[1].
@@ -70,7 +70,7 @@ SETTINGS = {
         time="hours on a GPU"),
 }
 SMOKE = dict(steps=150, stage1_steps=100, num_demos=40, episodes=16, log_every=25, play_every=100,
-             time="under a minute")
+             time="a minute")
 
 
 # The recipe --------------------------------------------------------------------------------------
@@ -573,10 +573,14 @@ def parse(arguments=None):
 
 
 def has_fast_bf16(device, backbone):
-    """Does bfloat16 make training faster? On a CPU the transformer's attention gets slower by it."""
+    """Does bfloat16 make training faster? On a CPU the transformer's attention gets slower by it.
+
+    The paper trains in fp32: --precision fp32.
+    """
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)     # torch has no public name
+    # PyTorch has no public name for it, an older one none at all: then bool(), which is False.
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
     return backbone != "transformer" and supported()
 
 

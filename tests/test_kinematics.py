@@ -5,7 +5,6 @@ that kinematics.py does not use. The statistical bounds leave wide margins aroun
 windows give; they fail when a kind of motion is missing, not when a number drifts.
 """
 import math
-import re
 import subprocess
 import sys
 from pathlib import Path

@@ -164,6 +164,18 @@ def test_save_and_load_give_the_same_actions(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["policy.pt"]
 
 
+def test_a_policy_that_was_given_arrays_can_be_loaded(tmp_path):
+    """numpy in a file's configuration is refused on loading: noticed only after training."""
+    backbone = make_backbone("mlp")
+    conditioning = film.make_conditioning(backbone, obs_steps=2, corners=np.array(CORNERS),
+                                          goal=np.array(GOAL))
+    policy = DiffusionPolicy(conditioning, backbone, np.array(SCALE), np.array([0.0, 512.0])).eval()
+    policy.save(tmp_path / "policy.pt")
+    given, loaded = (one.act(observations(2), torch.Generator().manual_seed(0))
+                     for one in (policy, DiffusionPolicy.load(tmp_path / "policy.pt")))
+    assert torch.equal(given, loaded)
+
+
 def test_absolute_actions_survive_the_file(tmp_path):
     """Neither the kind of actions nor the board that they lie on is assumed by the loader."""
     policy = make_policy(relative=False, action_range=(100, 300))
