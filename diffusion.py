@@ -11,7 +11,11 @@ The numbers are those of the library `diffusers`, which the paper's code uses.
 Run alone, `python diffusion.py` prints the schedule and what the samplers make of data whose
 perfect denoiser is known in closed form, and saves a picture.
 """
+import contextlib
 import math
+import os
+import secrets
+import zipfile
 from pathlib import Path
 
 import torch
@@ -252,7 +256,7 @@ class DiffusionPolicy(nn.Module):
         """The next actions: observations (B,To,5) -> agent targets (B,Ta,2) in px.
 
         Takes a tensor or an array. Raises ValueError for another shape or numbers that are not
-        finite.
+        finite, FloatingPointError for actions that are none.
         """
         observations = torch.as_tensor(observations, device=self.action_scale.device).float()
         self.conditioning.encoder.check(observations)
@@ -260,6 +264,9 @@ class DiffusionPolicy(nn.Module):
         actions = self.denormalise(self.sample(observations, generator), agent)
         first = self.first_executed()
         executed = actions[:, first:first + self.executed_actions]
+        if executed.isnan().any():
+            raise FloatingPointError("the policy's actions are no numbers: its weights are useless, "
+                                     "as after training at too high a learning rate")
         return executed.clamp(self.low, self.high)
 
     def first_executed(self):
@@ -267,16 +274,12 @@ class DiffusionPolicy(nn.Module):
         return self.obs_steps - 1
 
     def save(self, path):
-        """Write weights and configuration, all that is needed to act, to one file.
-
-        The file appears under its name only when it is complete.
-        """
+        """Write weights and configuration, all that is needed to act, to one file: see `whole`."""
         saved = {"format": self.FILE_FORMAT, "policy": self.config,
                  "backbone": self.backbone.config,
                  "conditioning": self.conditioning.encoder.config, "weights": self.state_dict()}
-        unfinished = Path(f"{path}.tmp")
-        torch.save(saved, unfinished)
-        unfinished.replace(path)
+        with whole(path) as unfinished:
+            torch.save(saved, unfinished)
 
     @classmethod
     def load(cls, path, device="cpu"):
@@ -286,13 +289,7 @@ class DiffusionPolicy(nn.Module):
         """
         from film import make_conditioning     # only the loader needs to know which networks
         from heads import BACKBONES            # there are
-        try:
-            saved = torch.load(path, map_location=device, weights_only=True)
-        except FileNotFoundError:
-            raise ValueError(f"no policy file at {path}") from None
-        except Exception as error:     # torch raises many kinds for a damaged file
-            reason = f"{type(error).__name__} {error}".splitlines()[0]
-            raise ValueError(f"{path} is not a readable policy file ({reason[:80]})") from None
+        saved = load_file(path, "policy", device)
         found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
         if found != cls.FILE_FORMAT:
             raise ValueError(f"{path} has policy format {found}, this code reads {cls.FILE_FORMAT}")
@@ -302,10 +299,50 @@ class DiffusionPolicy(nn.Module):
             conditioning = make_conditioning(backbone, **saved["conditioning"])
             policy = cls(conditioning, backbone, **saved["policy"]).to(device)
             policy.load_state_dict(saved["weights"])
-        except (KeyError, TypeError, RuntimeError) as error:
-            reason = f"{type(error).__name__} {error}".splitlines()[0]
-            raise ValueError(f"{path} does not fit this code ({reason[:80]})") from None
+        except Exception as error:     # anything can be wrong in a file
+            raise ValueError(f"{path} does not fit this code ({one_line(error)})") from None
         return policy.eval()
+
+
+# Files -----------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def whole(path):
+    """The name under which to write a file: it appears as `path` only when it is complete.
+
+    OSError, with the path, if it cannot be: a full disk, a folder that cannot be written.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f"unfinished-{secrets.token_hex(4)}-{path.name}")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except RuntimeError as error:     # so torch.save says that the disk is full
+        raise OSError(f"{path} cannot be written: {one_line(error)}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_file(path, kind, device="cpu"):
+    """What torch.save wrote to the `kind` file at `path`. Runs no code from it (weights_only).
+
+    ValueError, in one line, if there is none or it is damaged. torch does not look at the
+    checksums in the file, zipfile does: no flipped bit gets through as a strange weight.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise zipfile.BadZipFile("wrong checksum")
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"no {kind} file at {path}") from None
+    except Exception as error:     # both raise many kinds for a damaged file
+        raise ValueError(f"{path} is not a readable {kind} file (damaged, or another: "
+                         f"{one_line(error)}); take a copy, or make it anew") from None
+
+
+def one_line(error):
+    return f"{type(error).__name__} {error}".splitlines()[0][:80]
 
 
 # The lesson ------------------------------------------------------------------------------------
@@ -378,4 +415,5 @@ def lesson(out):
 
 
 if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"     # needs no display
     lesson(Path("runs/lessons"))

@@ -13,6 +13,7 @@ section IV-E of its second version.
 
 Run alone:  python film.py       what each mechanism does to a feature map, in numbers and a picture
 """
+import os
 from pathlib import Path
 
 import torch
@@ -392,4 +393,5 @@ def lesson(out):
 
 
 if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"     # needs no display
     lesson(Path("runs/lessons"))

@@ -12,6 +12,7 @@ All three follow one template, so that two of them can be read side by side:
 Run alone:  python heads.py       who trains what, and the parameters next to the paper's
 """
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -403,4 +404,5 @@ def lesson(out):
 
 
 if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"     # needs no display
     lesson(Path("runs/lessons"))

@@ -10,6 +10,7 @@ Run alone, `python kinematics.py` checks the Jacobian, measures windows per seco
 picture.
 """
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,4 +288,5 @@ def lesson(out):
 
 
 if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"     # needs no display
     lesson(Path("runs/lessons"))

@@ -9,6 +9,7 @@ In order: geometry, physics, environment, picture, expert, demonstrations and le
     python sim_pusht.py --play FILE.npz   # push the block yourself and record demonstrations
 """
 import argparse
+import os
 import zipfile
 from functools import lru_cache
 from pathlib import Path
@@ -495,15 +496,13 @@ def draw_states(states, size=96):
     return images.reshape(*states.shape[:-1], size, size, 3)
 
 
-def draw_rollouts(states, lengths, folder):
-    """Save the first eight rollouts: the agents' ways, `rollouts.png`, and moving, `rollout.gif`.
+def draw_rollouts(states, lengths, picture_file, animation_file):
+    """Save the first eight rollouts: the agents' ways in a picture (.png), and moving (.gif).
 
-    states (steps + 1, B, 5); lengths (B,): the steps of each rollout that count; folder: a path.
+    states (steps + 1, B, 5); lengths (B,): the steps of each rollout that count.
     """
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.figure import Figure
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     lengths = np.minimum(lengths[:8], len(states) - 1)
     times = np.arange(lengths.max() + 1)[:, None]
     states = states[np.minimum(times, lengths), np.arange(len(lengths))]  # each waits at its end
@@ -519,7 +518,7 @@ def draw_rollouts(states, lengths, folder):
         x, y = states[:lengths[i] + 1, i, :2].T
         axes[i].plot(x, y, color="tab:orange", linewidth=1)
         axes[i].set_title(f"{lengths[i]} steps, coverage {coverage[i]:.2f}", fontsize=8)
-    figure.savefig(folder / "rollouts.png", dpi=120)
+    figure.savefig(picture_file, dpi=120)
 
     def show(time):
         for image, picture in zip(images, draw_states(states[time], 192)):
@@ -527,7 +526,7 @@ def draw_rollouts(states, lengths, folder):
             image.axes.set_title("")
             image.axes.lines[0].set_visible(False)
     times = [*range(0, len(states), 3), *[-1] * 5]  # the end stays for a while
-    FuncAnimation(figure, show, times).save(folder / "rollout.gif", PillowWriter(fps=10), dpi=60)
+    FuncAnimation(figure, show, times).save(animation_file, PillowWriter(fps=10), dpi=60)
 
 
 # Expert ------------------------------------------------------------------------------------------
@@ -809,25 +808,25 @@ def load_demonstrations(path):
 
     state (N, 5) float32: the observation in which action (N, 2) float32, the agent's target, was
     chosen, both in px, all episodes in a row; episode_ends (E,) int64: where each ends. The file
-    may hold other real numbers. ValueError, one line with the path, if it is not so.
+    may hold other real numbers. ValueError, one line with the path, if it is not so. Runs no code
+    from the file.
     """
     try:
-        with np.load(path) as file:
+        with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in ("state", "action", "episode_ends")}
     except KeyError as error:
         raise ValueError(f"{path} lacks an array; needed are state, action and episode_ends: "
                          f"{error.args[0]}") from None
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a readable .npz file: {error}") from None
+    except Exception as error:     # numpy and zipfile raise many kinds for a damaged file
+        raise ValueError(f"{path} is not a readable .npz file: {error}".splitlines()[0]) from None
     for name, width in ("state", 5), ("action", 2):
         values = data[name]
         if values.dtype.kind not in "fiu" or values.shape[1:] != (width,):
             raise ValueError(f"{path}: {name} is {values.dtype} of shape {values.shape}; expected "
                              f"numbers of shape (N, {width})")
-        with np.errstate(over="ignore"):
-            data[name] = values.astype(np.float32)
-        if not np.isfinite(data[name]).all():
-            raise ValueError(f"{path}: {name} holds NaN or infinity")
+        if not (np.abs(values) < 1e4).all():     # NaN is not less, either
+            raise ValueError(f"{path}: {name} holds NaN, or numbers beyond 10,000 px")
+        data[name] = values.astype(np.float32)
     number, ends = len(data["state"]), data["episode_ends"]
     if number != len(data["action"]):
         raise ValueError(f"{path}: {number} states, but {len(data['action'])} actions")
@@ -927,7 +926,8 @@ def lesson(folder, task):
     for step in range(0, len(states), 25):
         print("step", step, "coverage", block_coverage(states[step, :, 2:]).round(2))
     print("steps until coverage is above 0.95, or 300:", result["length"])
-    draw_rollouts(states, result["length"], folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_rollouts(states, result["length"], folder / "rollouts.png", folder / "rollout.gif")
     print("Pictures: rollouts.png and rollout.gif in", folder)
 
 
@@ -937,11 +937,13 @@ if __name__ == "__main__":
     flag("--play", metavar="FILE", help="push the block with the mouse, keep the episodes in FILE")
     flag("--task", choices=START, default="full", help="default full")
     flag("--seed", type=int, default=0, help="of the first scene to play; default 0")
+    parser.error = lambda message: parser.exit(2, f"sim_pusht.py: {message}\n")
     options = parser.parse_args()
     try:
         if options.play:
             Game(options.play, options.task, options.seed)
         else:
-            lesson("runs/lessons/sim_pusht", options.task)
+            os.environ["MPLBACKEND"] = "agg"     # needs no display
+            lesson(Path("runs/lessons/sim_pusht"), options.task)
     except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"sim_pusht.py: {error}\n")
+        parser.error(error)

@@ -16,11 +16,14 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+if sys.version_info < (3, 10):
+    sys.exit(f"train.py needs Python 3.10 or newer; this is {sys.version.split()[0]}")
 # How long a CPU thread spins before it sleeps. With GNU OpenMP's default, two threads stall each
 # other on a busy machine; with OMP_WAIT_POLICY=PASSIVE, which never spins, they are hardly
 # faster than one. It must be set before torch is imported.
@@ -34,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import sim_pusht
-from diffusion import DiffusionPolicy
+from diffusion import DiffusionPolicy, load_file, one_line, whole
 from film import MECHANISMS, make_conditioning
 from heads import BACKBONES, count, make_backbone
 from kinematics import MOTIONS, PlanarArm
@@ -69,8 +72,8 @@ SETTINGS = {
         log_every=100, checkpoint_every=2000, play_every=10000,
         time="hours on a GPU"),
 }
-SMOKE = dict(steps=150, stage1_steps=100, num_demos=40, episodes=16, log_every=25, play_every=100,
-             time="a minute")
+SMOKE = dict(steps=150, stage1_steps=100, num_demos=40, episodes=16, log_every=25,
+             checkpoint_every=50, play_every=100, time="a minute")
 
 
 # The recipe --------------------------------------------------------------------------------------
@@ -234,11 +237,15 @@ def get_demonstrations(config):
         fingerprint = hashlib.sha1(Path(sim_pusht.__file__).read_bytes()).hexdigest()[:8]
         path = Path(f"runs/demonstrations/{config.task}-{config.num_demos}-{fingerprint}.npz")
         if not path.exists():
-            demonstrations = sim_pusht.expert_demonstrations(config.num_demos, config.task, seed=0)
             path.parent.mkdir(parents=True, exist_ok=True)
+            demonstrations = sim_pusht.expert_demonstrations(config.num_demos, config.task, seed=0)
             with whole(path) as unfinished:
                 np.savez_compressed(unfinished, **demonstrations)
-    demonstrations = sim_pusht.load_demonstrations(path)
+    try:
+        demonstrations = sim_pusht.load_demonstrations(path)
+    except ValueError as error:
+        raise ValueError(str(error) if config.demos else f"{error}; delete it, it is made again") \
+            from None
     ends = demonstrations["episode_ends"][:config.num_demos]
     if config.num_demos and len(ends) < config.num_demos:
         raise ValueError(f"--num-demos {config.num_demos}, but {path} holds {len(ends)}")
@@ -282,8 +289,9 @@ def success_on_the_way(policy, trained, average, config):
 
 def draw_curves(rows, path):
     """Loss and success on the way over the updates, from the rows of metrics.csv."""
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for stage in ("stage1", "stage2"):
         for axis, column in zip(axes, (3, 5)):
             points = [(row[1], row[column]) for row in rows if row[0] == stage and row[column] != ""]
@@ -293,21 +301,9 @@ def draw_curves(rows, path):
     axes[0].legend()
     with whole(path) as unfinished:
         figure.savefig(unfinished, dpi=110)
-    plt.close(figure)
 
 
 # A run and its folder ----------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def whole(path):
-    """The name under which to write a file: it appears as `path` only when it is complete."""
-    unfinished = path.with_name(f"unfinished-{os.getpid()}-{path.name}")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
 
 @contextlib.contextmanager
 def timed(seconds, phase):
@@ -321,8 +317,9 @@ class Run:
     """What a run keeps: its folder, seconds per phase, the rows of metrics.csv, its checkpoint.
 
     A folder belongs to the run whose config.json is in it, from its first moment on. With --resume
-    the run goes on from checkpoint.pt. Raises ValueError if there is none or if it is another
-    configuration's, if the folder holds another run; OSError if the folder cannot be written.
+    the run goes on from checkpoint.pt. (Two that do so at once write the same bits.) Raises
+    ValueError if there is nothing to resume, if it is damaged or another configuration's, if the
+    folder holds another run; OSError if the folder cannot be written.
     """
     MAY_DIFFER = "out", "resume", "device", "command"     # the work is the same
 
@@ -347,20 +344,30 @@ class Run:
 
     def load(self, asked):
         """Read the checkpoint, and make sure that it is of the configuration `asked` for."""
-        read = self.folder / "config.json"
+        path = self.folder / "config.json"
         try:
-            before = json.loads(read.read_text(encoding="utf-8"))
-            read = self.folder / "checkpoint.pt"
-            self.saved = torch.load(read, map_location="cpu", weights_only=True)
-            self.rows, self.seconds = self.saved["rows"], self.saved["seconds"]
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
-            raise ValueError(f"nothing to resume: there is no {read}") from None
-        except Exception as error:     # torch raises many kinds for a damaged file
-            raise ValueError(f"{read} is damaged or of older code: {type(error).__name__}") from None
+            raise ValueError(f"nothing to resume: there is no {path}; leave out --resume") from None
+        except (ValueError, TypeError, RecursionError):
+            raise ValueError(f"{path} is damaged; move its folder away, begin anew") from None
         changed = [f"{key} was {before.get(key)!r}, is {asked.get(key)!r}"
                    for key in before | asked if before.get(key) != asked.get(key)]
         if changed:
-            raise ValueError("--resume needs the run's own flags: " + "; ".join(changed))
+            raise ValueError(f"{path}: --resume needs the run's own flags: " + "; ".join(changed))
+        if not (self.folder / "checkpoint.pt").exists():
+            print(f"{self.folder} has no checkpoint yet: the run begins anew")
+            return
+        self.saved = load_file(self.folder / "checkpoint.pt", "checkpoint")
+        try:
+            self.rows, self.seconds = self.saved["rows"], self.saved["seconds"]
+            print(f"{self.folder} goes on from {self.saved['stage']}, update {self.saved['step']:,}")
+        except Exception as error:
+            raise self.unfit(error) from None
+
+    def unfit(self, error):
+        return OSError(f"{self.folder / 'checkpoint.pt'} does not fit this code "
+                       f"({one_line(error)}); move its folder away, begin anew")
 
     def is_past(self, stage):
         return self.saved["stage"] > stage
@@ -381,7 +388,7 @@ class Run:
             with timed(self.seconds, stage):
                 yield step
             if step % config.log_every == 0 or step == steps:
-                loss = self.mean_loss(stage, step)
+                loss = self.mean_loss(stage, step, average)
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 success = ""
                 if stage == "stage2" and step % config.play_every == 0 and step < steps:
@@ -394,14 +401,16 @@ class Run:
     def record(self, loss):
         self.losses.append(loss.detach())
 
-    def mean_loss(self, stage, step):
-        """The mean since the last call; ArithmeticError if it is no number."""
+    def mean_loss(self, stage, step, average):
+        """The mean since the last call; ArithmeticError if it, or a weight, is no number."""
         with timed(self.seconds, stage):
             loss = float(torch.stack(self.losses).mean())     # waits for the GPU
         self.losses = []
-        if not math.isfinite(loss):
-            raise ArithmeticError(f"the loss became {loss} in {stage}, update {step}; try a lower "
-                                  f"--learning-rate than {self.config.learning_rate:g}")
+        healthy = all(weight.isfinite().all() for weight in average.parameters())
+        if not (healthy and math.isfinite(loss)):
+            raise ArithmeticError(f"the loss became {loss if healthy else math.nan} in {stage}, "
+                                  f"update {step}; try a lower --learning-rate than "
+                                  f"{self.config.learning_rate:g}")
         return loss
 
     def log(self, stage, step, *values):
@@ -428,11 +437,14 @@ class Run:
         if self.saved["stage"] != stage:
             self.checkpoint(stage, 0, parts)
             return 0
-        for name, part in parts.items():
-            part.load_state_dict(self.saved[name])
-        torch.set_rng_state(self.saved["cpu_random"])
-        if self.saved["cuda_random"]:
-            torch.cuda.set_rng_state_all(self.saved["cuda_random"])
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(self.saved[name])
+            torch.set_rng_state(self.saved["cpu_random"])
+            if self.saved["cuda_random"]:
+                torch.cuda.set_rng_state_all(self.saved["cuda_random"])
+        except Exception as error:
+            raise self.unfit(error) from None
         return self.saved["step"]
 
 
@@ -460,8 +472,9 @@ def summarise(policy, config, folder, seconds):
     """Evaluate the policy, draw it into `folder`, write and return summary.json."""
     with timed(seconds, "evaluation"):
         result = evaluate(policy, config.task, config.episodes)
-    with timed(seconds, "figures"):
-        sim_pusht.draw_rollouts(result["states"], result["length"], folder)
+    picture, animation = folder / "rollouts.png", folder / "rollout.gif"
+    with timed(seconds, "figures"), whole(picture) as still, whole(animation) as moving:
+        sim_pusht.draw_rollouts(result["states"], result["length"], still, moving)
     summary = dict(command=config.command, task=config.task, seed=config.seed, **scores(result),
                    executed_actions=config.executed_actions, device=config.device,
                    threads=torch.get_num_threads(), torch=torch.__version__, commit=code_version())
@@ -520,7 +533,7 @@ def make_parser():
     flag("--scale", default="laptop", choices=SETTINGS, help="small and fast, or the paper's sizes "
          "and settings, hours on a GPU; default laptop")
     flag("--width", type=int, metavar="D", help="of DP-MLP or DP-T; default 128 and 96, paper 256")
-    flag("--demos", metavar="FILE", type=Path, help="demonstrations from an .npz (state, action, "
+    flag("--demos", metavar="FILE", type=path_name, help="demonstrations from an .npz (state, action, "
          "episode_ends); default: the scripted expert's")
     flag("--num-demos", type=int, metavar="N", help="how many demonstrations; default 2000, near "
          "1500, of a file all")
@@ -540,13 +553,29 @@ def make_parser():
     flag("--executed-actions", type=int, choices=range(1, HORIZON - OBS_STEPS + 2), default=8,
          metavar="N", help="how many actions of each chunk of 16 are carried out; default 8, the "
          "paper's")
-    flag("--evaluate", metavar="POLICY", type=Path, help="train nothing, score this policy.pt (see "
+    flag("--evaluate", metavar="POLICY", type=path_name, help="train nothing, score this policy.pt (see "
          "--task, --episodes, --executed-actions); default: train")
-    flag("--out", type=Path, metavar="FOLDER", help="the run's folder; default runs/<what "
-         "distinguishes it>")
+    flag("--out", type=path_name, metavar="FOLDER", help="the run's folder; default runs/<what "
+         "distinguishes it>, with --evaluate one beside the policy")
     flag("--resume", action="store_true", help="go on from the checkpoint in the run's folder; "
          "default: a new run")
     return parser
+
+
+def path_name(text):
+    """For argparse: an empty one would be the present folder."""
+    if not text:
+        raise ValueError
+    return Path(text)
+
+
+# What a flag may be, both ends included; beyond lies what no machine or number type holds.
+ALLOWED = {"seed": (0, 2 ** 32 - 1), "width": (1, 10_000), "num_demos": (1, 100_000),
+           "stage1_steps": (1, 10 ** 9), "steps": (1, 10 ** 9), "learning_rate": (1e-9, 1e4),
+           "episodes": (1, 10_000)}
+# What means something with --evaluate, and what does only where there is a stage 1.
+EVALUATION = "evaluate", "task", "episodes", "executed_actions", "device", "out", "smoke", "command"
+STAGE1 = "pretrain_condition", "pretrain_data"
 
 
 def parse(arguments=None):
@@ -554,11 +583,18 @@ def parse(arguments=None):
     parser = make_parser()
     config = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
+    for key, value in vars(config).items():
+        name = f"--{key.replace('_', '-')} {value}"
+        if value == parser.get_default(key):
+            continue
+        low, high = ALLOWED.get(key, (value, value))
+        if not low <= value <= high:
+            parser.error(f"{name} is out of range; allowed: {low} to {high}")
+        if config.evaluate and key not in EVALUATION:
+            parser.error(f"{name} means nothing with --evaluate, which trains nothing")
+        if config.recipe in ("normal", "random-frozen") and key in STAGE1:
+            parser.error(f"{name} means nothing without --decoupled or --pretrained")
     config.command = shlex.join(["python", "train.py", *given])
-    for key in ("width", "num_demos", "stage1_steps", "steps", "learning_rate", "episodes"):
-        value = getattr(config, key)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"--{key.replace('_', '-')} {value} is not positive")
     if config.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but this PyTorch sees no CUDA GPU; allowed here: cpu, auto")
     if config.device == "auto":
@@ -611,8 +647,8 @@ def open_policy(config):
     policy = DiffusionPolicy.load(config.evaluate, config.device)
     policy.executed_actions = config.executed_actions
     name = f"{config.evaluate.stem}-{config.task}-executing-{config.executed_actions}"
-    folder = config.evaluate.with_name(name)
-    folder.mkdir(exist_ok=True)
+    folder = config.out or config.evaluate.with_name(name)
+    folder.mkdir(parents=True, exist_ok=True)
     return policy, folder
 
 
@@ -627,11 +663,14 @@ def set_up(config):
     with torch.device("meta"):     # refuses an impossible pair
         make_backbone(config.backbone, config.scale, conditioning=config.conditioning,
                       width=config.width)
-    seconds = {}
-    with timed(seconds, "demonstrations"):
-        demonstrations = get_demonstrations(config)
-    run = Run(config)
-    run.seconds = seconds | run.seconds     # those of a resumed run are what it took then
+    run = Run(config)     # first: interrupted from here on, the run can be resumed
+    try:
+        with timed(run.seconds, "demonstrations"):
+            demonstrations = get_demonstrations(config)
+    except (ValueError, OSError):
+        if not config.resume:
+            (run.folder / "config.json").unlink()     # nothing has begun
+        raise
     return run, demonstrations
 
 
@@ -658,10 +697,18 @@ def main(arguments=None):
         return evaluate_file(config, *job) if config.evaluate else train_and_evaluate(config, *job)
     except (ArithmeticError, OSError) as error:
         sys.exit(f"train.py: {error}")     # exit code 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        sys.exit(f"train.py: out of memory ({one_line(error)}); a smaller --scale, --width, "
+                 "--num-demos or --episodes needs less")
     except KeyboardInterrupt:
         again = "" if config.resume or config.evaluate else " --resume"
         sys.exit(f"\ninterrupted; go on with: {config.command}{again}")
 
 
 if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"                           # pictures go to files
+    sys.stdout.reconfigure(errors="backslashreplace")          # a path may hold any letter
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's Ctrl-C
     main()

@@ -11,7 +11,9 @@ ones are skipped. Collecting writes results/<preset>.json, .md and .png, and the
 preset's markers in results/README.md. What is in the .json and not in runs/ stays in there.
 """
 import argparse
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ import train
 from results.report import publish, read, read_run
 
 HERE = Path(__file__).parent
+INTERRUPTED = "compare: interrupted; the same command goes on"
 
 RECIPES = {
     "": "",
@@ -145,12 +148,14 @@ def runs(preset, seeds):
 
 def execute(command):
     """Run one command to its end; if it does not get there, leave the program in one line."""
-    child = subprocess.Popen([sys.executable, *command])
-    try:
-        code = child.wait()
-    except KeyboardInterrupt:     # it went to the child as well, which saves its checkpoint
-        child.wait()
-        sys.exit("compare: interrupted; the same command goes on")
+    with subprocess.Popen([sys.executable, *command]) as child:
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:     # it went to the child as well
+            child.wait()
+            sys.exit(INTERRUPTED)
+        finally:
+            child.terminate()         # after SIGTERM; one that has ended takes no notice
     if code:
         sys.exit(f"compare: this run did not finish, see above: python {shlex.join(command)}")
 
@@ -241,11 +246,13 @@ def main():
         return
     if not options.preset:
         parser.error(f"which question? {', '.join(PRESETS)}")
+    if options.seeds is not None and not 1 <= options.seeds <= 100:
+        parser.error(f"--seeds {options.seeds} is out of range; allowed: 1 to 100")
     preset = PRESETS[options.preset]
     missing = []
     for _, _, folder, command in runs(preset, options.seeds or preset.seeds):
         if not (folder / "summary.json").exists():
-            resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
+            resume = ["--resume"] if (folder / "config.json").exists() else []
             missing.append(command + resume)
     if options.list:
         for command in missing:
@@ -260,11 +267,16 @@ def main():
     cells = collect(preset, options.out / f"{options.preset}.json")
     if not cells:
         parser.error("no finished run to collect")
-    publish(options.preset, preset, cells, options.out)
+    try:
+        publish(options.preset, preset, cells, options.out)
+    except OSError as error:
+        parser.error(error)
 
 
 if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"     # pictures go to files
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("compare: interrupted")
+        sys.exit(INTERRUPTED)

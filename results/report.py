@@ -132,7 +132,7 @@ def publish(name, preset, cells, out):
 
 def draw(preset, cells, path):
     """Bars of success and score with their standard errors; below, success over stage 2."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     rows = groups(cells)
     panels = split_into_panels(rows)
     colors = {}
@@ -140,7 +140,7 @@ def draw(preset, cells, path):
         colors |= {label: f"C{index}" for index, label in enumerate(labels)}
     height = 0.3 * len(rows) + 1
     width = min(3 * max(len(panels), 2) + 2, 18)
-    figure = plt.figure(figsize=(width, height + 5.5), layout="constrained")
+    figure = Figure(figsize=(width, height + 5.5), layout="constrained")
     figure.suptitle(f"{preset.question} (task {preset.task})")
     upper, lower = figure.subfigures(2, height_ratios=(height, 5.5))
     left, right = upper.subplots(1, 2, sharey=True)
@@ -158,7 +158,6 @@ def draw(preset, cells, path):
     for axis in columns[0]:
         axis.set(ylabel="success on the way", xlim=(0, None), ylim=(0, 1))
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def split_into_panels(labels):

@@ -3,3 +3,9 @@ busy machine take ten times as long. Has to be set before anything imports torch
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "stress: minutes of kills, faults and load; python -m pytest "
+                            "-m stress")
+    config.option.markexpr = config.option.markexpr or "not stress"

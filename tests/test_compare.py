@@ -93,7 +93,7 @@ def test_list_prints_only_what_is_missing_and_resumes_what_was_interrupted(tmp_p
     (tmp_path / done).mkdir(parents=True)
     (tmp_path / done / "summary.json").write_text("{}")
     (tmp_path / begun).mkdir(parents=True)
-    (tmp_path / begun / "checkpoint.pt").write_text("")
+    (tmp_path / begun / "config.json").write_text("")
     listed = call(tmp_path, "source", "--list").stdout.splitlines()
     assert len(listed) == 8 * 2 - 1 and all(line.startswith("python train.py ") for line in listed)
     assert not any(str(done) in shlex.split(line) for line in listed)

@@ -491,9 +491,9 @@ def test_rollouts_are_saved(tmp_path):
     states = [env.reset(0)]
     for _ in range(7):
         states.append(env.step(states[-1][:, 2:4])[0])
-    sim_pusht.draw_rollouts(np.stack(states), np.array([7, 3, 5]), tmp_path / "new")
-    assert (tmp_path / "new/rollouts.png").read_bytes()[:4] == b"\x89PNG"
-    assert (tmp_path / "new/rollout.gif").read_bytes()[:3] == b"GIF"
+    files = tmp_path / "still.png", tmp_path / "moving.gif"
+    sim_pusht.draw_rollouts(np.stack(states), np.array([7, 3, 5]), *files)
+    assert files[0].read_bytes()[:4] == b"\x89PNG" and files[1].read_bytes()[:3] == b"GIF"
 
 
 # Demonstration files ------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def test_variants_of_stage_1_and_of_the_size_run_and_load(flags, demos, tmp_path
 def test_the_demonstrations_own_motion_is_the_agents_path(demos):
     """Stage 1 from demonstrations: positions are the agent's, two steps ahead, within an episode."""
     demonstrations = sim_pusht.load_demonstrations(demos)
-    config, _ = train.parse(["--pretrain-data", "demonstrations", "--device", "cpu"])
+    config, _ = train.parse(["--decoupled", "--pretrain-data", "demonstrations", "--device", "cpu"])
     angles, positions, present = next(train.kinematic_batches(demonstrations, config,
                                                               torch.device("cpu")))
     agents = torch.as_tensor(demonstrations["state"][:, :2], dtype=torch.float32)
