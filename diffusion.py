@@ -265,8 +265,7 @@ class DiffusionPolicy(nn.Module):
         first = self.first_executed()
         executed = actions[:, first:first + self.executed_actions]
         if executed.isnan().any():
-            raise FloatingPointError("the policy's actions are no numbers: its weights are useless, "
-                                     "as after training at too high a learning rate")
+            raise FloatingPointError("the policy's actions are NaN; try a lower learning rate")
         return executed.clamp(self.low, self.high)
 
     def first_executed(self):
@@ -278,7 +277,7 @@ class DiffusionPolicy(nn.Module):
         saved = {"format": self.FILE_FORMAT, "policy": self.config,
                  "backbone": self.backbone.config,
                  "conditioning": self.conditioning.encoder.config, "weights": self.state_dict()}
-        with whole(path) as unfinished:
+        with whole(Path(path)) as unfinished:
             torch.save(saved, unfinished)
 
     @classmethod
@@ -300,7 +299,7 @@ class DiffusionPolicy(nn.Module):
             policy = cls(conditioning, backbone, **saved["policy"]).to(device)
             policy.load_state_dict(saved["weights"])
         except Exception as error:     # anything can be wrong in a file
-            raise ValueError(f"{path} does not fit this code ({one_line(error)})") from None
+            raise ValueError(f"{path} does not fit this code ({error!r:.80})") from None
         return policy.eval()
 
 
@@ -308,26 +307,21 @@ class DiffusionPolicy(nn.Module):
 
 @contextlib.contextmanager
 def whole(path):
-    """The name under which to write a file: it appears as `path` only when it is complete.
-
-    OSError, with the path, if it cannot be: a full disk, a folder that cannot be written.
-    """
-    path = Path(path)
+    """The name under which to write a file: it appears as `path` only when it is complete."""
     unfinished = path.with_name(f"unfinished-{secrets.token_hex(4)}-{path.name}")
     try:
         yield unfinished
         unfinished.replace(path)
     except RuntimeError as error:     # so torch.save says that the disk is full
-        raise OSError(f"{path} cannot be written: {one_line(error)}") from None
+        raise OSError(f"{path} cannot be written: {error!r:.80}") from None
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def load_file(path, kind, device="cpu"):
-    """What torch.save wrote to the `kind` file at `path`. Runs no code from it (weights_only).
+    """What torch.save wrote to the `kind` file at `path`; runs no code from it (weights_only).
 
-    ValueError, in one line, if there is none or it is damaged. torch does not look at the
-    checksums in the file, zipfile does: no flipped bit gets through as a strange weight.
+    ValueError, in one line, if there is none or it is damaged: zipfile tells, torch may not.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -338,11 +332,7 @@ def load_file(path, kind, device="cpu"):
         raise ValueError(f"no {kind} file at {path}") from None
     except Exception as error:     # both raise many kinds for a damaged file
         raise ValueError(f"{path} is not a readable {kind} file (damaged, or another: "
-                         f"{one_line(error)}); take a copy, or make it anew") from None
-
-
-def one_line(error):
-    return f"{type(error).__name__} {error}".splitlines()[0][:80]
+                         f"{error!r:.80}); take a copy, or make it anew") from None
 
 
 # The lesson ------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import sim_pusht
-from diffusion import DiffusionPolicy, load_file, one_line, whole
+from diffusion import DiffusionPolicy, load_file, whole
 from film import MECHANISMS, make_conditioning
 from heads import BACKBONES, count, make_backbone
 from kinematics import MOTIONS, PlanarArm
@@ -241,11 +241,7 @@ def get_demonstrations(config):
             demonstrations = sim_pusht.expert_demonstrations(config.num_demos, config.task, seed=0)
             with whole(path) as unfinished:
                 np.savez_compressed(unfinished, **demonstrations)
-    try:
-        demonstrations = sim_pusht.load_demonstrations(path)
-    except ValueError as error:
-        raise ValueError(str(error) if config.demos else f"{error}; delete it, it is made again") \
-            from None
+    demonstrations = sim_pusht.load_demonstrations(path)
     ends = demonstrations["episode_ends"][:config.num_demos]
     if config.num_demos and len(ends) < config.num_demos:
         raise ValueError(f"--num-demos {config.num_demos}, but {path} holds {len(ends)}")
@@ -290,8 +286,7 @@ def success_on_the_way(policy, trained, average, config):
 def draw_curves(rows, path):
     """Loss and success on the way over the updates, from the rows of metrics.csv."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
+    axes = Figure(figsize=(10, 4), layout="constrained").subplots(1, 2)
     for stage in ("stage1", "stage2"):
         for axis, column in zip(axes, (3, 5)):
             points = [(row[1], row[column]) for row in rows if row[0] == stage and row[column] != ""]
@@ -300,7 +295,7 @@ def draw_curves(rows, path):
     axes[1].set(xlabel="update", ylabel="success (50 scenes; the last: all)", ylim=(0, 1))
     axes[0].legend()
     with whole(path) as unfinished:
-        figure.savefig(unfinished, dpi=110)
+        axes[0].figure.savefig(unfinished, dpi=110)
 
 
 # A run and its folder ----------------------------------------------------------------------------
@@ -317,9 +312,8 @@ class Run:
     """What a run keeps: its folder, seconds per phase, the rows of metrics.csv, its checkpoint.
 
     A folder belongs to the run whose config.json is in it, from its first moment on. With --resume
-    the run goes on from checkpoint.pt. (Two that do so at once write the same bits.) Raises
-    ValueError if there is nothing to resume, if it is damaged or another configuration's, if the
-    folder holds another run; OSError if the folder cannot be written.
+    the run goes on from checkpoint.pt (two that do so at once write the same bits). Raises
+    ValueError or OSError if it cannot, or if a new run cannot have the folder.
     """
     MAY_DIFFER = "out", "resume", "device", "command"     # the work is the same
 
@@ -359,15 +353,10 @@ class Run:
             print(f"{self.folder} has no checkpoint yet: the run begins anew")
             return
         self.saved = load_file(self.folder / "checkpoint.pt", "checkpoint")
-        try:
-            self.rows, self.seconds = self.saved["rows"], self.saved["seconds"]
-            print(f"{self.folder} goes on from {self.saved['stage']}, update {self.saved['step']:,}")
-        except Exception as error:
-            raise self.unfit(error) from None
-
-    def unfit(self, error):
-        return OSError(f"{self.folder / 'checkpoint.pt'} does not fit this code "
-                       f"({one_line(error)}); move its folder away, begin anew")
+        if "rows" not in self.saved:
+            raise ValueError(f"{self.folder / 'checkpoint.pt'} is another kind of file")
+        self.rows, self.seconds = self.saved["rows"], self.saved["seconds"]
+        print(f"{self.folder} goes on from {self.saved['stage']}, update {self.saved['step']}")
 
     def is_past(self, stage):
         return self.saved["stage"] > stage
@@ -406,11 +395,11 @@ class Run:
         with timed(self.seconds, stage):
             loss = float(torch.stack(self.losses).mean())     # waits for the GPU
         self.losses = []
-        healthy = all(weight.isfinite().all() for weight in average.parameters())
-        if not (healthy and math.isfinite(loss)):
-            raise ArithmeticError(f"the loss became {loss if healthy else math.nan} in {stage}, "
-                                  f"update {step}; try a lower --learning-rate than "
-                                  f"{self.config.learning_rate:g}")
+        if not all(weight.isfinite().all() for weight in average.parameters()):
+            loss = math.nan     # it will be, from the next update on
+        if not math.isfinite(loss):
+            raise ArithmeticError(f"the loss became {loss} in {stage}, update {step}; try a lower "
+                                  f"--learning-rate than {self.config.learning_rate:g}")
         return loss
 
     def log(self, stage, step, *values):
@@ -444,7 +433,8 @@ class Run:
             if self.saved["cuda_random"]:
                 torch.cuda.set_rng_state_all(self.saved["cuda_random"])
         except Exception as error:
-            raise self.unfit(error) from None
+            raise OSError(f"{self.folder / 'checkpoint.pt'} does not fit this code "
+                          f"({error!r:.80}); move its folder away, begin anew") from None
         return self.saved["step"]
 
 
@@ -533,7 +523,7 @@ def make_parser():
     flag("--scale", default="laptop", choices=SETTINGS, help="small and fast, or the paper's sizes "
          "and settings, hours on a GPU; default laptop")
     flag("--width", type=int, metavar="D", help="of DP-MLP or DP-T; default 128 and 96, paper 256")
-    flag("--demos", metavar="FILE", type=path_name, help="demonstrations from an .npz (state, action, "
+    flag("--demos", metavar="FILE", type=Path, help="demonstrations from an .npz (state, action, "
          "episode_ends); default: the scripted expert's")
     flag("--num-demos", type=int, metavar="N", help="how many demonstrations; default 2000, near "
          "1500, of a file all")
@@ -553,29 +543,19 @@ def make_parser():
     flag("--executed-actions", type=int, choices=range(1, HORIZON - OBS_STEPS + 2), default=8,
          metavar="N", help="how many actions of each chunk of 16 are carried out; default 8, the "
          "paper's")
-    flag("--evaluate", metavar="POLICY", type=path_name, help="train nothing, score this policy.pt (see "
+    flag("--evaluate", metavar="POLICY", type=Path, help="train nothing, score this policy.pt (see "
          "--task, --episodes, --executed-actions); default: train")
-    flag("--out", type=path_name, metavar="FOLDER", help="the run's folder; default runs/<what "
+    flag("--out", type=Path, metavar="FOLDER", help="the run's folder; default runs/<what "
          "distinguishes it>, with --evaluate one beside the policy")
     flag("--resume", action="store_true", help="go on from the checkpoint in the run's folder; "
          "default: a new run")
     return parser
 
 
-def path_name(text):
-    """For argparse: an empty one would be the present folder."""
-    if not text:
-        raise ValueError
-    return Path(text)
-
-
 # What a flag may be, both ends included; beyond lies what no machine or number type holds.
 ALLOWED = {"seed": (0, 2 ** 32 - 1), "width": (1, 10_000), "num_demos": (1, 100_000),
            "stage1_steps": (1, 10 ** 9), "steps": (1, 10 ** 9), "learning_rate": (1e-9, 1e4),
            "episodes": (1, 10_000)}
-# What means something with --evaluate, and what does only where there is a stage 1.
-EVALUATION = "evaluate", "task", "episodes", "executed_actions", "device", "out", "smoke", "command"
-STAGE1 = "pretrain_condition", "pretrain_data"
 
 
 def parse(arguments=None):
@@ -587,12 +567,15 @@ def parse(arguments=None):
         name = f"--{key.replace('_', '-')} {value}"
         if value == parser.get_default(key):
             continue
+        if value == Path():     # an empty name as well
+            parser.error(f"{name} is no name of its own for a file or folder")
         low, high = ALLOWED.get(key, (value, value))
         if not low <= value <= high:
             parser.error(f"{name} is out of range; allowed: {low} to {high}")
-        if config.evaluate and key not in EVALUATION:
+        if config.evaluate and key not in ("evaluate", "task", "episodes", "executed_actions",
+                                           "device", "out", "smoke"):
             parser.error(f"{name} means nothing with --evaluate, which trains nothing")
-        if config.recipe in ("normal", "random-frozen") and key in STAGE1:
+        if key.startswith("pretrain_") and config.recipe in ("normal", "random-frozen"):
             parser.error(f"{name} means nothing without --decoupled or --pretrained")
     config.command = shlex.join(["python", "train.py", *given])
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -642,24 +625,21 @@ def report(summary, folder):
         print(f"next     python train.py --evaluate {policy} --executed-actions 4")
 
 
-def open_policy(config):
-    """--evaluate: a saved policy, and a folder beside it for the results."""
-    policy = DiffusionPolicy.load(config.evaluate, config.device)
+def evaluate_file(config, policy):
+    """--evaluate: score a saved policy; the results go into a folder beside it."""
     policy.executed_actions = config.executed_actions
     name = f"{config.evaluate.stem}-{config.task}-executing-{config.executed_actions}"
     folder = config.out or config.evaluate.with_name(name)
     folder.mkdir(parents=True, exist_ok=True)
-    return policy, folder
-
-
-def evaluate_file(config, policy, folder):
     summary = summarise(policy, config, folder, {})
     report(summary, folder)
     return summary
 
 
 def set_up(config):
-    """The run's folder and its demonstrations; all bad input is found here, before any work."""
+    """The run and its demonstrations, or --evaluate's policy: here all bad input is found."""
+    if config.evaluate:
+        return [DiffusionPolicy.load(config.evaluate, config.device)]
     with torch.device("meta"):     # refuses an impossible pair
         make_backbone(config.backbone, config.scale, conditioning=config.conditioning,
                       width=config.width)
@@ -690,18 +670,18 @@ def main(arguments=None):
     config, refuse = parse(arguments)
     torch.manual_seed(config.seed)
     try:
+        work = evaluate_file if config.evaluate else train_and_evaluate
         try:
-            job = open_policy(config) if config.evaluate else set_up(config)
+            needed = set_up(config)
         except (ValueError, OSError) as error:
             refuse(error)
-        return evaluate_file(config, *job) if config.evaluate else train_and_evaluate(config, *job)
+        return work(config, *needed)
     except (ArithmeticError, OSError) as error:
         sys.exit(f"train.py: {error}")     # exit code 1
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        if "allocate" not in str(error):
             raise
-        sys.exit(f"train.py: out of memory ({one_line(error)}); a smaller --scale, --width, "
-                 "--num-demos or --episodes needs less")
+        sys.exit(f"train.py: out of memory ({error!r:.80}); try a smaller --width or --episodes")
     except KeyboardInterrupt:
         again = "" if config.resume or config.evaluate else " --resume"
         sys.exit(f"\ninterrupted; go on with: {config.command}{again}")

@@ -836,8 +836,8 @@ MUTANTS = [
      "bf16 whatever --precision says."),
     ("run-losses-kept", "train.py",
      "        self.losses = []\n"
-     "        if not math",
-     "        if not math",
+     "        if not all",
+     "        if not all",
      "test_the_logged_loss_is_the_mean_since_the_last_row",
      "The logged loss is the mean since the start: the curve lags behind."),
     ("run-last-loss", "train.py",

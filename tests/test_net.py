@@ -473,7 +473,7 @@ def test_the_policies_have_the_settings_asked_for(backbone, watch):
 def test_every_batch_is_drawn_anew():
     """The same batch in every update; a generator that begins again in every stage or run."""
     config, _ = train.parse([])
-    own, _ = train.parse(["--pretrain-data", "demonstrations"])
+    own, _ = train.parse(["--decoupled", "--pretrain-data", "demonstrations"])
     device, drawn = torch.device("cpu"), []
     for make, settings in ((train.demonstration_batches, config), (train.kinematic_batches, own),
                            (train.kinematic_batches, config)):
@@ -496,7 +496,7 @@ def test_stage_1_pairs_angles_and_positions_of_the_same_instants(motion, monkeyp
         return instants.expand(-1, -1, 3), instants.expand(-1, -1, 2)
 
     monkeypatch.setattr(PlanarArm, "sample_windows", sample_windows)
-    config, _ = train.parse(["--pretrain-data", motion])
+    config, _ = train.parse(["--decoupled", "--pretrain-data", motion])
     angles, positions, present = next(train.kinematic_batches(None, config, torch.device("cpu")))
     assert angles.shape == (128, 16, 3) and positions.shape == (128, 16, 2)
     assert torch.equal(angles[0, :, 0], positions[0, :, 0])
@@ -532,15 +532,18 @@ def test_main_seeds_everything_that_follows(monkeypatch):
     assert seeds == [7]
 
 
-def test_evaluate_executes_as_many_actions_as_asked_for(tmp_path):
+def test_evaluate_executes_as_many_actions_as_asked_for(tmp_path, monkeypatch):
     """--executed-actions without effect on a saved policy."""
     backbone = make_backbone("mlp")
     pathway = film.make_conditioning(backbone, "none", horizon=2)
     policy = DiffusionPolicy(pathway, backbone, SCALE, action_range=(0, 512))
     policy.save(tmp_path / "policy.pt")
     config, _ = train.parse(["--evaluate", str(tmp_path / "policy.pt"), "--executed-actions", "4"])
-    opened, _ = train.open_policy(config)
-    assert opened.executed_actions == 4 and not opened.training
+    opened = []
+    monkeypatch.setattr(train, "summarise", lambda policy, *rest: opened.append(policy))
+    monkeypatch.setattr(train, "report", lambda *rest: None)
+    train.evaluate_file(config, *train.set_up(config))
+    assert opened[0].executed_actions == 4 and not opened[0].training
 
 
 # Evaluation --------------------------------------------------------------------------------------
