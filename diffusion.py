@@ -393,8 +393,8 @@ def lesson(out):
     noise = torch.randn(2, 16, 2, generator=generator)
     for t, (forward, back) in zip(shown, axes.T):
         noisy_actions = ddpm.add_noise(paths, noise, t)
-        forward.plot(*noisy_actions.permute(2, 1, 0), ".-", lw=0.5)
-        back.plot(*visited[t][:6].permute(2, 1, 0), ".-", lw=0.5)
+        forward.plot(*noisy_actions.permute(2, 1, 0).numpy(), ".-", lw=0.5)
+        back.plot(*visited[t][:6].permute(2, 1, 0).numpy(), ".-", lw=0.5)
         forward.set_title(f"timestep {t}")
     axes[0, 0].set(xlim=(-2.5, 2.5), ylim=(-2.5, 2.5), ylabel="add_noise  →")
     axes[1, 0].set_ylabel("←  sample")

@@ -96,13 +96,14 @@ class PlanarArm:
 
         Raises ValueError if the last dimension is not N.
         """
-        lengths = angles.new_tensor(self.link_lengths)
+        like_angles = dict(dtype=angles.dtype, device=angles.device)
+        lengths = torch.tensor(self.link_lengths, **like_angles)
         if angles.shape[-1] != len(lengths):
             raise ValueError(f"angles must end in {len(lengths)} joints, "
                              f"got shape {tuple(angles.shape)}")
         heading = angles.cumsum(-1)    # of a link: its own angle plus all before it
         links = unit(heading) * lengths[:, None]
-        base = angles.new_tensor(self.base).expand_as(links[..., :1, :])
+        base = torch.tensor(self.base, **like_angles).expand_as(links[..., :1, :])
         return torch.cat([base, links], -2).cumsum(-2)
 
     def forward(self, angles):

@@ -670,12 +670,11 @@ def main(arguments=None):
     config, refuse = parse(arguments)
     torch.manual_seed(config.seed)
     try:
-        work = evaluate_file if config.evaluate else train_and_evaluate
         try:
             needed = set_up(config)
         except (ValueError, OSError) as error:
             refuse(error)
-        return work(config, *needed)
+        return (evaluate_file if config.evaluate else train_and_evaluate)(config, *needed)
     except (ArithmeticError, OSError) as error:
         sys.exit(f"train.py: {error}")     # exit code 1
     except (MemoryError, RuntimeError) as error:

@@ -26,7 +26,7 @@ ACTION_DIM, OBSERVATION = 10, (2, 137)      # MimicGen: To = 2 observations of 1
 HEADS = {"DP-C": ("unet", "film", 16), "DP-MLP": ("mlp", "film", 16),
          "DP-T": ("transformer", "cross-attention", 10),
          "DP-T-FiLM": ("transformer", "film", 10)}     # name: backbone, mechanism, horizon
-BF16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+BF16 = torch.cuda.is_available() or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 CLOCK = time.perf_counter
 NO_BF16 = "bf16: not measured, this machine has no units for it\n"
 
