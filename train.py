@@ -73,7 +73,7 @@ SETTINGS = {
         time="hours on a GPU"),
 }
 SMOKE = dict(steps=150, stage1_steps=100, num_demos=40, episodes=16, log_every=25,
-             checkpoint_every=50, play_every=100, time="a minute")
+             checkpoint_every=50, play_every=50, time="a minute")
 
 
 # The recipe --------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def test_ctrl_c_lets_the_run_save_and_shows_no_traceback(tmp_path):
 
 # Collecting --------------------------------------------------------------------------------------
 
-def test_collecting_reads_what_train_wrote(tmp_path, monkeypatch):
+def test_collecting_reads_what_train_wrote(tmp_path, monkeypatch, short_episodes):
     """A real, tiny run in a cell's folder becomes a cell with a curve."""
     monkeypatch.chdir(tmp_path)
     label, _, _, command = next(compare.runs(SOURCE, 1))
