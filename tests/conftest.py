@@ -1,6 +1,9 @@
 """One thread for every test: the tensors are small, and two threads that wait for each other on a
 busy machine take ten times as long. Has to be set before anything imports torch or numpy."""
+import functools
 import os
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -8,4 +11,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_configure(config):
     config.addinivalue_line("markers", "stress: minutes of kills, faults and load; python -m pytest "
                             "-m stress")
-    config.option.markexpr = config.option.markexpr or "not stress"
+    config.addinivalue_line("markers", "zoo: half an hour, every planted bug and forty submissions; "
+                            "python -m pytest -m zoo")
+    config.option.markexpr = config.option.markexpr or "not stress and not zoo"
+
+
+@pytest.fixture(scope="module")
+def short_episodes():
+    """train.evaluate ends after 20 steps: for tests of what is around it."""
+    import train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "evaluate", functools.partial(train.evaluate, max_steps=20))
+        yield

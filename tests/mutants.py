@@ -34,7 +34,8 @@ RELEVANT = {"diffusion.py": ["diffusion", "policy", "net", "heads"],
             "film.py": ["film", "policy", "heads", "net"],
             "heads.py": ["heads", "policy", "film", "net"],
             "kinematics.py": ["kinematics", "net"],
-            "train.py": ["net", "train"]}
+            "train.py": ["net", "train"],
+            "sim_pusht.py": ["net", "sim_pusht"]}
 
 # This one would find every mutant: it compares the table below with the code.
 TABLE = "tests/test_net.py::test_every_planted_mistake_still_finds_its_place"
@@ -232,6 +233,20 @@ MUTANTS = [
      "return clean.clamp(-1, 1)", "return clean",
      "test_ddpm_trajectory_equals_diffusers",
      "Without the clip the samplers fall apart on an imperfect network."),
+    ("ddpm-noise-not-scaled", "diffusion.py",
+     "+ at_timestep(self.noise_scale, timesteps) * noise)", "+ noise)",
+     "test_add_noise_equals_diffusers",
+     "The signal fades, but the noise is as strong at every timestep."),
+    ("ddpm-clean-not-divided", "diffusion.py",
+     "clean = signal / at_timestep(self.signal_scale, timestep)", "clean = signal",
+     "test_predict_clean_undoes_add_noise_and_clips",
+     "The noise is taken off, but what is left of the signal is not scaled up again."),
+    ("ddpm-clean-clipped-too-early", "diffusion.py",
+     "clean = signal / at_timestep(self.signal_scale, timestep)\n"
+     "        return clean.clamp(-1, 1)\n",
+     "return signal.clamp(-1, 1) / at_timestep(self.signal_scale, timestep)\n",
+     "test_predict_clean_undoes_add_noise_and_clips",
+     "Clipped before the division: an error is multiplied by 2,000 all the same."),
     ("ddpm-posterior-swapped", "diffusion.py",
      "(at_timestep(self.posterior_clean, timestep) * clean\n"
      "                + at_timestep(self.posterior_noisy, timestep) * noisy_actions",
@@ -239,6 +254,12 @@ MUTANTS = [
      "                + at_timestep(self.posterior_clean, timestep) * noisy_actions",
      "test_ddpm_trajectory_equals_diffusers",
      "The posterior's two weights swapped."),
+    ("ddpm-step-draws-nothing", "diffusion.py",
+     " * noisy_actions\n"
+     "                + at_timestep(self.posterior_std, timestep) * noise)",
+     " * noisy_actions)",
+     "test_ddpm_trajectory_equals_diffusers",
+     "Every step goes to the posterior's mean: the samples are blurred."),
     ("ddpm-std-is-variance", "diffusion.py",
      "(1 - alphas_cumprod) * betas).sqrt()", "(1 - alphas_cumprod) * betas)",
      "test_ddpm_trajectory_equals_diffusers",
@@ -266,6 +287,19 @@ MUTANTS = [
      "[*timesteps[1:], -1]", "[*timesteps[1:], 0]",
      "test_gaussian_data_follows_the_exact_recursion",
      "The last DDIM step stops at timestep 0 instead of clean actions."),
+    ("ddim-noise-derived-again", "diffusion.py",
+     "return self.add_noise(clean, predicted_noise, previous_timestep)",
+     "signal = at_timestep(self.signal_scale, timestep) * clean\n"
+     "        noise = (noisy_actions - signal) / at_timestep(self.noise_scale, timestep)\n"
+     "        return self.add_noise(clean, noise, previous_timestep)",
+     "test_ddim_trajectory_equals_diffusers",
+     "The noise that would lead to the clipped actions, in place of the network's."),
+    ("ddim-clean-is-timestep-99", "diffusion.py",
+     "        if previous_timestep < 0:\n"
+     "            return clean\n",
+     "",
+     "test_ddim_trajectory_equals_diffusers",
+     "-1 is Python's last index: the last step returns almost pure noise."),
     ("ddim-timesteps-from-99", "diffusion.py",
      "range((num_steps - 1) * stride, -1, -stride)", "range(self.num_timesteps - 1, -1, -stride)",
      "test_ddim_trajectory_equals_diffusers",
@@ -852,7 +886,7 @@ MUTANTS = [
      "test_playing_on_the_way_is_done_by_the_average_and_leaves_no_trace",
      "Playing on the way counts as training time."),
     ("run-random-not-restored", "train.py",
-     '        torch.set_rng_state(self.saved["cpu_random"])\n', "",
+     '            torch.set_rng_state(self.saved["cpu_random"])\n', "",
      "test_same_seed_same_numbers_and_resuming_changes_none",
      "A resumed run draws other batches."),
     ("run-average-not-kept", "train.py",
@@ -946,6 +980,18 @@ MUTANTS = [
      "    backbone.requires_grad_(False)\n", "    backbone.requires_grad_(True)\n",
      "test_what_is_trained_in_stage_2",
      "The backbone is not frozen; gradients that no one reads are computed and added up."),
+    ("recipe-weights-alone-frozen", "train.py",
+     "    backbone.requires_grad_(False)\n",
+     "    for name, parameter in backbone.named_parameters():\n"
+     "        parameter.requires_grad_('weight' not in name)\n",
+     "test_freezing_stops_at_the_module_s_edge",
+     "The backbone's biases go on learning."),
+    ("recipe-time-encoder-not-frozen", "train.py",
+     "    backbone.requires_grad_(False)\n",
+     "    backbone.requires_grad_(False)\n"
+     "    backbone.time_encoder.requires_grad_(True)\n",
+     "test_freezing_stops_at_the_module_s_edge",
+     "f_tau is taken for a part of the conditioning."),
     ("recipe-frozen-in-optimizer", "train.py",
      "        trained = policy.conditioning\n", "",
      "test_what_is_trained_in_stage_2",
@@ -1150,6 +1196,24 @@ MUTANTS = [
      "    torch.manual_seed(config.seed)\n", "",
      "test_main_seeds_everything_that_follows",
      "--seed has no effect."),
+    # sim_pusht.py ---------------------------------------------------------------------------------
+    ("coverage-turned-back", "sim_pusht.py",
+     "turn = np.exp(1j * (pose[..., 2] - goal[2]))", "turn = np.exp(1j * (goal[2] - pose[..., 2]))",
+     "test_coverage_equals_counted_points",
+     "The block is turned the other way: right in the goal and at no other angle."),
+    ("coverage-shift-not-turned", "sim_pusht.py",
+     " @ [1, 1j] * np.exp(-1j * goal[2])\n", " @ [1, 1j]\n",
+     "test_coverage_equals_counted_points",
+     "The shift is not turned into the goal's frame: right for a goal whose angle is 0."),
+    ("coverage-below-forgotten", "sim_pusht.py",
+     "for t0, t1 in (start, enter), (enter, leave), (leave, end):",
+     "for t0, t1 in [(enter, leave)]:",
+     "test_coverage_of_known_poses",
+     "Edges below the goal's box add nothing: their full height is forgotten."),
+    ("coverage-height-not-clipped", "sim_pusht.py",
+     "area + (top - np.clip(y, top, bottom)) * (t1 - t0)", "area + (top - y) * (t1 - t0)",
+     "test_coverage_of_known_poses",
+     "The clipped width of the block's box, but its whole height."),
 ]
 
 

@@ -5,6 +5,7 @@ cannot err (`Solver`), the training loop against the same loop written out by ha
 the recipe by watching `train_policy` itself at work.
 """
 import copy
+import functools
 import math
 from types import SimpleNamespace
 
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import film
 import sim_pusht
 import train
 from diffusion import DDPM, DiffusionPolicy
-from heads import make_backbone
+from heads import Attention, MLPBlock, TimeEncoder, causal_mask, make_backbone
 from kinematics import BOARD, MOTIONS, Motion, PlanarArm
 
 SCALE = [30 + 12 * step for step in range(16)]     # px
@@ -611,6 +613,221 @@ def test_half_of_the_pushing_is_slower_than_the_geometric_mean():
     _, positions = PlanarArm(motion=pushing).sample_windows(1000, 4, generator)
     speed = positions.diff(dim=1).norm(dim=-1)
     assert speed.median().item() == pytest.approx(3, abs=0.3)     # uniformly it would be 5
+
+
+# One function at a time, as tests/assignments asks for them ---------------------------------------
+
+def test_the_schedule_s_scales_and_posterior_follow_from_its_betas():
+    """A variance for a deviation, alpha for alpha-bar, the present alpha-bar for the previous one.
+
+    The posterior is the product of two Gaussians in the clean actions' timestep before: precisions
+    add up, and each mean counts by its precision.
+    """
+    ddpm = DDPM(50)
+    assert ddpm.num_timesteps == 50
+    assert {(buffer.dtype, *buffer.shape) for buffer in ddpm.buffers()} == {(torch.float32, 50)}
+    beta = ddpm.betas.double()
+    left = (1 - beta).cumprod(0)
+    squares = {"signal_scale": left, "noise_scale": 1 - left}
+    for name, values in squares.items():
+        torch.testing.assert_close(getattr(ddpm, name).double() ** 2, values, rtol=1e-4, atol=1e-6)
+    before, alpha = left[:-1], 1 - beta[1:]
+    from_clean, from_noisy = 1 / (1 - before), alpha / beta[1:]
+    precision = from_clean + from_noisy
+    expected = {"posterior_std": precision.rsqrt(),
+                "posterior_clean": from_clean / precision * before.sqrt(),
+                "posterior_noisy": from_noisy / precision / alpha.sqrt()}
+    for name, values in expected.items():
+        torch.testing.assert_close(getattr(ddpm, name)[1:].double(), values, rtol=1e-4, atol=1e-6)
+    first = ddpm.posterior_clean[0], ddpm.posterior_noisy[0], ddpm.posterior_std[0]
+    assert first == (1, 0, 0)     # the last step back draws nothing
+
+
+def test_add_noise_takes_one_timestep_for_all_or_one_for_each():
+    """B == T == A on purpose: a timestep on the wrong axis would broadcast silently."""
+    ddpm, (actions, noise) = DDPM(), torch.randn(2, 4, 4, 4)
+    each = ddpm.add_noise(actions, noise, torch.tensor([3, 40, 0, 99]))
+    for sample, timestep in enumerate([3, 40, 0, 99]):
+        alone = ddpm.add_noise(actions, noise, timestep)[sample]
+        torch.testing.assert_close(each[sample], alone)
+
+
+def test_the_clean_actions_of_one_timestep_for_all_are_clipped():
+    """At the last timestep an error of 0.01 in the noise is multiplied by 2,000."""
+    ddpm, (clean, noise) = DDPM(), torch.rand(2, 3, 16, 2) * 1.8 - 0.9
+    for timestep in (0, 50, 90):
+        noisy = ddpm.add_noise(clean, noise, timestep)
+        given = ddpm.predict_clean(noise, timestep, noisy)
+        torch.testing.assert_close(given, clean, atol=1e-4, rtol=0)
+    noisy = ddpm.add_noise(clean, noise, 99)
+    assert (ddpm.predict_clean(noise - 0.01, 99, noisy) == 1).all()
+    assert (ddpm.predict_clean(noise + 0.01, 99, noisy) == -1).all()
+
+
+def test_the_sinusoid_turns_at_rates_from_1_to_a_ten_thousandth():
+    """One rate less; another base; cosines first; the layers on the sinusoid forgotten."""
+    plain, learned = TimeEncoder(12, learned=False), TimeEncoder(12)
+    timestep = torch.tensor([0, 1, 3])
+    sine, cosine = plain(timestep).chunk(2, dim=-1)
+    assert sine.shape == (3, 6) and sine[0].tolist() == [0] * 6 and cosine[0].tolist() == [1] * 6
+    angle = torch.atan2(sine, cosine)
+    torch.testing.assert_close(angle[2], 3 * angle[1])
+    assert angle[1].tolist() == pytest.approx([1, 0.1585, 0.02512, 0.003981, 0.000631, 0.0001],
+                                              rel=1e-3)
+    torch.testing.assert_close(learned(timestep), learned.mlp(plain(timestep)))
+    assert plain(timestep.to("meta")).is_meta     # torch refuses it if a part is made elsewhere
+
+
+def wave(*shape, start=0):
+    """sin(start), sin(start + 1), ...: numbers without a pattern, the same everywhere."""
+    return torch.arange(start, start + math.prod(shape)).double().sin().view(shape)
+
+
+class Marking(film.Mechanism):
+    """Each hook does what no other does, so that their places show."""
+
+    def modulate(self, h, m):
+        return h ** 2 + m
+
+    def gate(self, h, m):
+        return m * h ** 3
+
+    def after_norm(self, h, m):
+        return h.exp() - m
+
+
+def test_an_mlp_block_gives_the_recorded_numbers():
+    """FiLM before the nonlinearity; no shortcut; the normalisation inside it; a hook not called."""
+    block = MLPBlock(Marking(), 3, 4, dropout=0.9).double().eval()
+    starts = [10, 30, 40, 60, 70, 80]     # W1, b1, W2, b2, and LayerNorm's scale and shift
+    for parameter, start in zip(block.parameters(), starts, strict=True):
+        parameter.data = wave(*parameter.shape, start=start)
+    given = block(wave(2, 1, 3), torch.tensor(2.0))
+    recorded = [[-1.8751, -0.8064, -0.4250], [-1.8336, -0.0715, -0.7387]]     # in numpy, float64
+    torch.testing.assert_close(given[:, 0], torch.tensor(recorded).double(), atol=1e-4, rtol=0)
+
+
+def test_an_mlp_block_drops_features_in_its_hidden_layer_and_in_its_branch():
+    """Half of what FiLM and half of what the gate is given is zero, in train mode alone."""
+    class Counting(film.Mechanism):
+        def modulate(self, h, m):
+            self.hidden = (h == 0).double().mean()
+            return h
+
+        def gate(self, h, m):
+            self.branch = (h == 0).double().mean()
+            return h
+
+    block = MLPBlock(Counting(), 64, 128, dropout=0.5)
+    for mode, share in ((True, 0.5), (False, 0)):
+        block.train(mode)(torch.randn(8, 16, 64), None)
+        assert block.mechanism.hidden == pytest.approx(share, abs=0.05)
+        assert block.mechanism.branch == pytest.approx(share, abs=0.05)
+
+
+@pytest.mark.parametrize("in_front, expected", [
+    (0, ["1000", "1100", "1110", "1111"]), (1, ["1000", "1100", "1110", "1111"]),
+    (2, ["1100", "1100", "1110", "1111"]), (3, ["1110", "1110", "1110", "1111"])])
+def test_which_steps_a_step_may_look_at(in_front, expected):
+    """Later actions seen; an action that does not see itself; the condition's tokens causal."""
+    mask = causal_mask(4, in_front, "cpu")
+    assert mask.dtype == torch.bool and causal_mask(4, in_front, "meta").is_meta
+    assert ["".join(str(int(seen)) for seen in row) for row in mask] == expected
+
+
+def test_attention_is_that_of_torch():
+    """Heads mixed up with steps; keys taken for values; the mask upside down; dropout in eval mode.
+    B == heads and T == D / heads on purpose."""
+    torch.manual_seed(0)
+    ours, theirs = Attention(12, 3, dropout=0.5), nn.MultiheadAttention(12, 3, batch_first=True)
+    for name in ("weight", "bias"):
+        joined = torch.cat([getattr(ours.query, name), getattr(ours.key_value, name)])
+        getattr(theirs, f"in_proj_{name}").data.copy_(joined)
+    theirs.out_proj.load_state_dict(ours.output.state_dict())
+    x, source, mask = torch.randn(3, 4, 12), torch.randn(3, 6, 12), torch.ones(4, 6).tril(1).bool()
+    expected, _ = theirs(x, source, source, attn_mask=~mask)     # True: may not see
+    torch.testing.assert_close(ours.eval()(x, source, mask), expected)
+    assert not torch.allclose(ours.train()(x, source, mask), expected, atol=0.01)
+
+
+@pytest.mark.parametrize("shape", [(2,), (5, 4), (3, 1)])
+def test_joints_refuse_another_number_of_angles(shape):
+    """A single angle would broadcast over all links."""
+    with pytest.raises(ValueError, match="must end in 3 joints"):
+        PlanarArm().joints(torch.zeros(shape))
+
+
+def test_the_joints_of_many_poses_are_those_of_each():
+    """Angles or links added up over the batch or over time. T == N on purpose."""
+    arm, angles = PlanarArm(), torch.rand(4, 3, 3, dtype=torch.double) * 6 - 3
+    together = arm.joints(angles)
+    for pose, joints in zip(angles.flatten(0, 1), together.flatten(0, 1), strict=True):
+        torch.testing.assert_close(joints, arm.joints(pose))
+    assert arm.joints(angles.to("meta")).is_meta     # torch refuses it if a part is made elsewhere
+
+
+def test_a_joint_step_has_the_dtype_and_the_device_of_its_angles():
+    """The damping made as float32, or on the CPU."""
+    arm, angles, displacement = PlanarArm(), torch.rand(5, 3).double(), torch.ones(5, 2).double()
+    step = arm.joint_step(angles, displacement)
+    assert step.shape == (5, 3) and step.dtype == torch.double
+    assert arm.joint_step(angles.to("meta"), displacement.to("meta")).is_meta
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_freezing_stops_at_the_module_s_edge(name):
+    """A tensor of the conditioning frozen because it has the shape of one of the backbone's; the
+    timestep encoder or the position embedding left out."""
+    backbone = make_backbone(name)
+    pathway = film.make_conditioning(backbone, "pose", horizon=16)
+    train.freeze(backbone)
+    assert trainable(backbone) == {False} and trainable(pathway) == {True}
+
+
+def test_the_average_by_hand():
+    """decay and 1 - decay swapped, or of another update; the average not changed in place.
+
+    Decays from 0 on, with a cap of 0.5: 0, 0.4054, 0.5, 0.5. torch itself makes the first copy.
+    """
+    weight = nn.Linear(1, 1, bias=False)
+    average = AveragedModel(weight, multi_avg_fn=functools.partial(train.ema_update, 0.5))
+    expected = [8, 4, 2.8108, 1.9054, 5.9527]
+    for new, kept in zip([8.0, 4.0, 2.0, 1.0, 10.0], expected):
+        nn.init.constant_(weight.weight, new)
+        average.update_parameters(weight)
+        assert average.module.weight.item() == pytest.approx(kept, abs=1e-4)
+        assert weight.weight.item() == new
+
+
+def test_the_loss_encodes_an_observation_once_for_all_its_draws():
+    """With pictures the encoder is most of the work."""
+    policy, observations, encoded = solving_policy(noise_samples=3), observe(8), []
+    policy.conditioning.encode = lambda seen: encoded.append(seen) or Knowing().encode(seen)
+    assert policy.loss(observations, plan(observations)) < 1e-8
+    assert [len(seen) for seen in encoded] == [8]
+    assert len(policy.backbone.seen[0].timestep) == 24
+
+
+def test_the_loss_of_a_silent_network_is_one():
+    """The mean square of standard normal numbers: 5 standard errors for 8,192 of them are 0.08."""
+    torch.manual_seed(0)
+    policy, observations = solving_policy(noise_samples=4), observe(64)
+    policy.backbone.forward = lambda noisy_actions, modulations: torch.zeros_like(noisy_actions)
+    assert policy.loss(observations, plan(observations)).item() == pytest.approx(1, abs=0.08)
+
+
+def test_act_takes_arrays_and_refuses_what_is_no_observation():
+    """Another shape, numbers that are not finite, and a network whose actions are none."""
+    policy, good = solving_policy(), observe(3)
+    policy.sample = lambda observations, generator: torch.zeros(len(observations), 16, 2)
+    standing = policy.act(good.double().numpy())
+    torch.testing.assert_close(standing, good[:, -1:, :2].expand(3, 8, 2))
+    for bad in (good[0], good[:, :1], good[..., :4], good * math.nan, good * math.inf):
+        with pytest.raises(ValueError, match="observations must"):
+            policy.act(bad)
+    policy.sample = lambda observations, generator: torch.full((3, 16, 2), math.nan)
+    with pytest.raises(FloatingPointError, match="NaN"):
+        policy.act(good)
 
 
 # The mistakes themselves -------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Classroom assignments, made from the real code: python -m tests.assignments --help"""

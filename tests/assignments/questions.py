@@ -1,0 +1,265 @@
+"""The questions: which functions students write, and which tests of the repository grade each.
+
+A row names a function of the six files; nothing in those files knows of it. The function's
+signature and docstring are the specification; `equation` and `hint` add what the docstring leaves
+open. tests/test_assignments.py checks every row: with the function blank each of its tests fails,
+as it is all pass, and at least two planted mistakes of tests/mutants.py in it are caught.
+"""
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Question:
+    """number: "part.question". target: "module.function" or "module.Class.method". marks: of 100.
+
+    minutes: for a student who has read the file. needs: numbers of the questions that must be
+    solved before its tests can pass in a starter. row: the first cell of its row in README's table
+    "The paper, line by line". tests: ids for pytest, together at most a few seconds.
+    """
+    number: str
+    target: str
+    title: str
+    marks: int
+    minutes: int
+    needs: tuple
+    row: str
+    equation: str
+    hint: str
+    tests: tuple
+
+
+PARTS = {1: "The noise process", 2: "FiLM and its siblings", 3: "Heads", 4: "Kinematics",
+         5: "The recipe"}
+
+DIFFUSION = "tests/test_diffusion.py::"
+FILM = "tests/test_film.py::"
+KINEMATICS = "tests/test_kinematics.py::"
+NET = "tests/test_net.py::"
+POLICY = "tests/test_policy.py::"
+PUSHT = "tests/test_sim_pusht.py::"
+TRAIN = "tests/test_train.py::"
+
+QUESTIONS = (
+    Question(
+        number="1.1", target="diffusion.DDPM.__init__", title="The schedule",
+        marks=7, minutes=30, needs=(), row="adding noise",
+        equation="""\
+f(u) = cos²(π/2 · (u + 0.008) / 1.008), u = 0, 1/N, ..., 1, for N timesteps
+beta_t = 1 - f((t+1)/N) / f(t/N), at most 0.999
+alpha_t = 1 - beta_t, abar_t = alpha_0 · ... · alpha_t
+q(x_{t-1} | x_t, x_0) = N(a_t x_0 + b_t x_t, s_t²), with abar_{-1} = 1 and
+  a_t = sqrt(abar_{t-1}) beta_t / (1 - abar_t)
+  b_t = sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t)
+  s_t² = beta_t (1 - abar_{t-1}) / (1 - abar_t)""",
+        hint="The other methods expect `self.num_timesteps` and seven buffers: betas, "
+             "alphas_cumprod (abar), signal_scale (root of abar), noise_scale (root of 1 - abar), "
+             "posterior_clean (a), posterior_noisy (b) and posterior_std (s). Compute in float64 "
+             "and round once; `register_buffer` has an option that keeps a buffer out of files.",
+        tests=(DIFFUSION + "test_schedule_equals_diffusers",
+               DIFFUSION + "test_alphas_cumprod_falls_inside_0_1[1]",
+               DIFFUSION + "test_alphas_cumprod_falls_inside_0_1[1000]",
+               DIFFUSION + "test_nothing_to_save_and_nothing_to_train",
+               DIFFUSION + "test_too_few_timesteps_is_an_error[0]",
+               NET + "test_the_schedule_s_scales_and_posterior_follow_from_its_betas")),
+    Question(
+        number="1.2", target="diffusion.DDPM.add_noise", title="Adding noise",
+        marks=3, minutes=10, needs=("1.1",), row="adding noise",
+        equation="x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps",
+        hint="Question 1.1 made both roots. `at_timestep`, at the top of the file, picks those of "
+             "each sample's timestep and gives them the axes that (B,T,A) needs.",
+        tests=(DIFFUSION + "test_add_noise_equals_diffusers",
+               DIFFUSION + "test_add_noise_mean_and_variance",
+               NET + "test_add_noise_takes_one_timestep_for_all_or_one_for_each")),
+    Question(
+        number="1.3", target="diffusion.DDPM.predict_clean", title="The clean actions",
+        marks=3, minutes=10, needs=("1.1", "1.2"), row="one step back, 100 of them",
+        equation="x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, solved for x_0",
+        hint="Clip the result, not what you divide.",
+        tests=(DIFFUSION + "test_predict_clean_undoes_add_noise_and_clips",
+               NET + "test_the_clean_actions_of_one_timestep_for_all_are_clipped")),
+    Question(
+        number="1.4", target="diffusion.DDPM.step", title="One step back",
+        marks=5, minutes=15, needs=("1.1", "1.3"), row="one step back, 100 of them",
+        equation="x_{t-1} = a_t x_0 + b_t x_t + s_t z, with x_0 as predicted and z the given noise",
+        hint="The last step, t = 0, must add no noise. Look at the values of question 1.1 there "
+             "before you write an `if`. Timesteps may differ within a batch.",
+        tests=(DIFFUSION + "test_ddpm_trajectory_equals_diffusers",
+               DIFFUSION + "test_step_takes_one_timestep_for_all_or_one_for_each")),
+    Question(
+        number="1.5", target="diffusion.DDPM.ddim_step", title="A long step back",
+        marks=5, minutes=15, needs=("1.1", "1.2", "1.3"), row="v2 on LIBERO: DDIM, 10 steps",
+        equation="""\
+x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s) eps for the previous timestep s < t, x_0 as predicted;
+x_{-1} = x_0""",
+        hint="eps is what the network predicted, even where x_0 was clipped and the two no longer "
+             "fit x_t. Mind that -1 is a valid index in Python.",
+        tests=(DIFFUSION + "test_ddim_trajectory_equals_diffusers",)),
+
+    Question(
+        number="2.1", target="film.FiLM.modulate", title="FiLM",
+        marks=3, minutes=10, needs=(), row="Eq. 3 and 11, gamma h + beta",
+        equation="h'_btd = gamma_bd h_btd + beta_bd; m_b holds gamma_b, then beta_b",
+        hint="Read the docstring of `Mechanism`: the shapes of h and m, the trap, and what the "
+             "U-Net hands over instead. One body serves both layouts.",
+        tests=(FILM + "test_film_is_gamma_times_h_plus_beta_of_each_sample",
+               FILM + "test_a_mechanism_is_its_equation[film-channels_first]",
+               FILM + "test_the_identity_of_a_mechanism_changes_nothing[film]")),
+    Question(
+        number="2.2", target="film.AdaLNZero.gate", title="The gate of AdaLN-Zero",
+        marks=2, minutes=5, needs=(), row="v2 IV-E, seven mechanisms",
+        equation="x' = x + alpha · branch; m_b holds gamma_b, beta_b, alpha_b",
+        hint="`Mechanism` says what a gate is given and who adds the result to x.",
+        tests=(FILM + "test_the_gate_scales_the_branch_alone",
+               FILM + "test_a_mechanism_is_its_equation[adaln-zero-channels_first]")),
+    Question(
+        number="2.3", target="heads.TimeEncoder.forward", title="The timestep encoder",
+        marks=5, minutes=20, needs=(), row="Fig. 1, f_tau belongs to the head",
+        equation="""\
+w_i = 10000^(-i / (n-1)) for i = 0 ... n-1, n = dim / 2
+tau = mlp([sin(k w_0) ... sin(k w_{n-1}), cos(k w_0) ... cos(k w_{n-1})]) for timestep k""",
+        hint="`self.mlp` does nothing where learned=False. Make new tensors on the timestep's "
+             "device.",
+        tests=(NET + "test_the_sinusoid_turns_at_rates_from_1_to_a_ten_thousandth",)),
+    Question(
+        number="2.4", target="film.Conditioning.forward", title="The generators",
+        marks=7, minutes=25, needs=(), row="Eq. 2, condition c = [o, tau]",
+        equation="(m_1, ..., m_R) = W mish([o, tau]) + b = W_o mish(o) + b + W_tau mish(tau)",
+        hint="W_o with b is `self.observation_part`, W_tau is `self.time_part`; both put out all R "
+             "layers in a row, `self.sizes` numbers for each: V vectors, one after the other. The "
+             "K rows of an observation stand next to each other: 0, 0, 1, 1, ... for K = 2.",
+        tests=(FILM + "test_two_halves_equal_one_product_on_the_concatenation",
+               FILM + "test_one_modulation_per_layer_and_noise_draws_follow_their_observation"
+                      "[film]",
+               FILM + "test_one_modulation_per_layer_and_noise_draws_follow_their_observation"
+                      "[adaln-zero]",
+               FILM + "test_every_noise_draw_has_its_own_timestep")),
+
+    Question(
+        number="3.1", target="heads.MLPBlock.forward", title="A block of DP-MLP",
+        marks=5, minutes=20, needs=(), row="IV-D, DP-MLP, 4M",
+        equation="x' = after_norm(LN(x + gate(W2 modulate(gelu(W1 x + b1)) + b2)))",
+        hint="The three hooks belong to `self.mechanism`; each takes features and the modulation. "
+             "Dropout acts on the wide layer before it is modulated, and on the branch before the "
+             "gate. `self.norm` comes last: post-norm.",
+        tests=(NET + "test_an_mlp_block_gives_the_recorded_numbers",
+               NET + "test_an_mlp_block_drops_features_in_its_hidden_layer_and_in_its_branch")),
+    Question(
+        number="3.2", target="heads.causal_mask", title="The causal mask",
+        marks=3, minutes=10, needs=(), row="DP-T, cross-attention",
+        equation="mask_ij = (j <= i) or (i < in_front and j < in_front)",
+        hint="bool, on the given device, without a loop.",
+        tests=tuple(NET + f"test_which_steps_a_step_may_look_at[{case}]" for case in
+                    ("0-expected0", "1-expected1", "2-expected2", "3-expected3"))),
+    Question(
+        number="3.3", target="heads.Attention.forward", title="Attention",
+        marks=6, minutes=30, needs=(), row="V-B, why cross-attention collapses",
+        equation="""\
+for each head, of width d = D / heads: softmax(q k^T / sqrt(d), where mask is False: 0) v;
+then the heads side by side, and one matrix""",
+        hint="`self.key_value` puts out keys and values, in this order; head 1 has the first d "
+             "features of each. `F.scaled_dot_product_attention` wants heads before steps, takes a "
+             "bool mask as it is here, and does not know whether the module is in train mode.",
+        tests=(NET + "test_attention_is_that_of_torch",)),
+
+    Question(
+        number="4.1", target="kinematics.PlanarArm.joints", title="Forward kinematics",
+        marks=5, minutes=20, needs=(), row="Eq. 5-7, forward kinematics",
+        equation="p_0 = base, p_n = p_{n-1} + L_n (cos θ_n, sin θ_n), θ_n = q_1 + ... + q_n",
+        hint="`unit` makes the vectors. Any number of leading dimensions, also none; dtype and "
+             "device are those of the angles.",
+        tests=(KINEMATICS + "test_links_keep_their_lengths",
+               NET + "test_the_joints_of_many_poses_are_those_of_each",
+               KINEMATICS + "test_forward_at_known_poses[angles2-expected2]",
+               KINEMATICS + "test_forward_at_known_poses[angles3-expected3]",
+               NET + "test_joints_refuse_another_number_of_angles[shape0]",
+               NET + "test_joints_refuse_another_number_of_angles[shape2]")),
+    Question(
+        number="4.2", target="kinematics.PlanarArm.jacobian", title="The Jacobian",
+        marks=5, minutes=20, needs=("4.1",), row="Eq. 5-7, forward kinematics",
+        equation="∂p_N / ∂q_n = R(90°) (p_N - p_{n-1}): joint n sits at p_{n-1}",
+        hint="A quarter turn from the x axis towards the y axis, whatever way y points on a "
+             "screen. x and y come before the joints: (...,2,N).",
+        tests=(KINEMATICS + "test_forward_and_jacobian_for_any_number_of_links[lengths0-base0]",
+               KINEMATICS + "test_forward_and_jacobian_for_any_number_of_links[lengths2-base2]",
+               KINEMATICS + "test_forward_takes_a_single_pose_and_keeps_dtype")),
+    Question(
+        number="4.3", target="kinematics.PlanarArm.joint_step", title="Damped inverse velocity",
+        marks=5, minutes=20, needs=("4.1", "4.2"), row="IV-A, observation-free data",
+        equation="Δq = J^T (J J^T + λ² I)^-1 Δp, λ = DAMPING",
+        hint="J J^T is 2 x 2 for any number of joints. Solve, do not invert. Keep the angles' "
+             "dtype and device.",
+        tests=(KINEMATICS + "test_joint_step_is_the_smallest_motion_that_moves_the_hand"
+                            "[lengths0-base0]",
+               KINEMATICS + "test_joint_step_is_the_smallest_motion_that_moves_the_hand"
+                            "[lengths1-base1]",
+               KINEMATICS + "test_motion_is_smooth[lengths1]",
+               NET + "test_a_joint_step_has_the_dtype_and_the_device_of_its_angles")),
+
+    Question(
+        number="5.1", target="train.freeze", title="Freezing",
+        marks=2, minutes=5, needs=(), row="Eq. 10, stage 2: new Phi and F, frozen G and f_tau",
+        equation="stage 2 minimises over Phi and F; G and f_tau are constants",
+        hint="The backbone holds G and f_tau, and nothing else. Its mode, train or eval, is not "
+             "your concern.",
+        tests=(NET + "test_freezing_stops_at_the_module_s_edge[mlp]",
+               NET + "test_freezing_stops_at_the_module_s_edge[transformer]")),
+    Question(
+        number="5.2", target="train.windows", title="Windows that stay in their episode",
+        marks=6, minutes=25, needs=(), row="predict 16, execute 8",
+        equation="""\
+w_fj = min(max(f + first + j, s), e) for frame f and j = 0 ... length-1,
+s and e the first and last frame of the episode that f is in""",
+        hint="`episode_ends` holds for each episode the index after its last frame. The last one "
+             "is the number of frames that count; the file may hold more. No loop over frames: "
+             "`torch.searchsorted` finds each frame's episode.",
+        tests=(TRAIN + "test_windows_stay_in_their_episode_and_start_one_step_before_the_present",
+               NET + "test_num_demos_takes_the_first_episodes_of_a_file")),
+    Question(
+        number="5.3", target="train.ema_update", title="The moving average",
+        marks=5, minutes=15, needs=(), row="EMA, power 0.75",
+        equation="""\
+avg <- d avg + (1 - d) w, in place, for each pair of tensors; d = ema_decay in update n - 1,
+where n = num_averaged""",
+        hint="`averages` and `weights` are lists of tensors; num_averaged, an int or a tensor with "
+             "one number, counts the weights that are in the average by now. Nothing is returned.",
+        tests=(NET + "test_the_average_by_hand",)),
+    Question(
+        number="5.4", target="diffusion.DiffusionPolicy.loss", title="The loss",
+        marks=7, minutes=30, needs=("1.1", "1.2"), row="loss, the squared error of the noise",
+        equation="E |eps - eps_hat(x_k, k, o)|², k uniform on all timesteps, eps standard normal",
+        hint="Normalise the actions and repeat each row K = `self.noise_samples` times, copies "
+             "next to each other. Each has its own k and eps. `choose_steps` then takes a part of "
+             "the horizon of both; hand what else it returns to `predict_noise`. Encode the "
+             "observations once, not K times.",
+        tests=(NET + "test_a_network_that_solves_for_the_noise_has_no_loss[plain]",
+               NET + "test_a_network_that_solves_for_the_noise_has_no_loss[both]",
+               NET + "test_the_present_position_can_be_given",
+               NET + "test_the_loss_encodes_an_observation_once_for_all_its_draws",
+               NET + "test_the_loss_of_a_silent_network_is_one",
+               NET + "test_every_noise_draw_has_its_own_timestep_and_all_timesteps_are_trained",
+               NET + "test_every_number_has_its_own_noise")),
+    Question(
+        number="5.5", target="diffusion.DiffusionPolicy.act", title="Receding horizon",
+        marks=4, minutes=20, needs=("1.1", "1.2", "1.3", "1.5"), row="predict 16, execute 8",
+        equation="of a chunk a_{-1}, a_0, ..., a_14: a_0 ... a_{Ta-1} are executed",
+        hint="`self.sample` draws a normalised chunk, `denormalise` needs the agent's present "
+             "position, `first_executed` says where a_0 is. `self.conditioning.encoder` has the "
+             "check and the position. Move the observations to the policy's device as float32, and "
+             "keep the targets on the board.",
+        tests=(NET + "test_the_first_executed_action_is_that_of_the_present[1-10]",
+               NET + "test_the_first_executed_action_is_that_of_the_present[15-10]",
+               NET + "test_act_takes_arrays_and_refuses_what_is_no_observation")),
+    Question(
+        number="5.6", target="sim_pusht.block_coverage", title="Coverage by Green's theorem",
+        marks=7, minutes=60, needs=(), row="best of 50 checkpoints in 50 scenes",
+        equation="""\
+area(P ∩ box) = |∮ h(y) dx| around P, over the part with left <= x <= right,
+h(y) = min(max(y, top), bottom) - top; coverage = sum over the 2 x 2 pairs of boxes / BLOCK_AREA""",
+        hint="Complex numbers: POINTS are the corners of the block's two boxes (4 each), EDGES the "
+             "vectors to the next corner, LOW and HIGH the corners of the goal's two boxes, from "
+             "the centre of mass, CENTER. `crossing` gives the two times at which an edge meets "
+             "two levels; clip them to where the edge is. Any exact method counts.",
+        tests=(PUSHT + "test_coverage_equals_the_recorded",
+               PUSHT + "test_coverage_equals_counted_points",
+               PUSHT + "test_coverage_of_known_poses")),
+)
