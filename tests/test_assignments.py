@@ -3,6 +3,7 @@
     python -m pytest -m zoo tests/test_assignments.py -s     every planted bug, forty submissions
 """
 import ast
+import json
 import os
 import random
 import re
@@ -97,6 +98,24 @@ def test_readme_and_questions_name_each_other():
         for numbers in re.findall(r"\(Q (\d\.\d(?:, \d\.\d)*)\)", " ".join(cells)):
             named |= {(first, number) for number in re.findall(r"\d\.\d", numbers)}
     assert named == {(question.row, question.number) for question in QUESTIONS}
+
+
+def test_the_experiments_bands_are_what_three_committed_runs_reached():
+    text = (code.ROOT / "tests/assignments/experiments.md").read_text(encoding="utf-8")
+    committed = {}     # flags -> {seed: success}
+    for file in (code.ROOT / "results").glob("*.json"):
+        for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+            flags = re.sub(r"python train.py|--(?:seed|out) \S+|--resume|--depth 4", "",
+                           cell["command"]).split()
+            if "near" in flags:
+                committed.setdefault(frozenset(flags), {})[cell["seed"]] = cell["success_rate"]
+    rows = re.findall(r"^\| (X\d) \| `(.+)` \| \d \| (.+) \| (.+) to (.+) \|$", text, re.M)
+    assert [row[0] for row in rows] == ["X1"] * 3 + ["X2"] * 3 + ["X3"] * 3 + ["X4"]
+    for _, flags, told, low, high in rows:
+        success = committed[frozenset(["--task", "near", *flags.split()])]
+        assert told.split() == [f"{success[seed]:.3f}" for seed in (0, 1, 2)]
+        assert float(low) == pytest.approx(max(0, min(success.values()) - 0.05), abs=0.006)
+        assert float(high) == pytest.approx(min(1, max(success.values()) + 0.05), abs=0.006)
 
 
 # What students get -------------------------------------------------------------------------------
@@ -325,11 +344,11 @@ def test_what_never_ends_is_ended_with_all_that_it_started(tmp_path):
     waits = submit(tmp_path / "waits", fork.format(str(tmp_path / "second")) + "os.wait()")
     reasons = {}
     start = time.monotonic()
-    for folder, seconds in ((loop, 2), (returns, 60), (waits, 2)):
+    for folder, seconds in ((loop, 1), (returns, 60), (waits, 3)):
         case = grade.answers(folder)[NOISE.number]
         reasons[folder.name] = grade.verdict(case, grade.run_all([case], seconds))
     assert time.monotonic() - start < 60
-    assert reasons == {"loop": "time limit of 2 s", "returns": "", "waits": "time limit of 2 s"}
+    assert reasons == {"loop": "time limit of 1 s", "returns": "", "waits": "time limit of 3 s"}
     for name in ("first", "second"):
         for process in (tmp_path / name).read_text().split():
             assert state_of(process) in ("", "Z")

@@ -326,8 +326,9 @@ def test_a_folder_that_cannot_be_written(demos, tmp_path, capsys):
 def test_too_little_memory_is_one_line(demos, tmp_path):
     resource = pytest.importorskip("resource")
     limit = 4 * 2 ** 30
-    code, _, said = finish(tiny(demos, tmp_path / "run", "--width", 10_000), tmp_path, preexec_fn=lambda:
-                           resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+    arguments = tiny(demos, tmp_path / "run", "--width", 10_000)
+    code, _, said = finish(arguments, tmp_path, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_AS, (limit, limit)))
     assert code == 1 and "Traceback" not in said, said
     assert re.match("train.py: out of memory .*--width", last_line(said)), said
 

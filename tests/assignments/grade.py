@@ -40,8 +40,12 @@ except ImportError:     # not on Windows: there are no such limits
 from tests.assignments import code
 from tests.assignments.questions import QUESTIONS
 
-FORKS = hasattr(os, "fork")     # elsewhere each question starts Python anew, and takes 5 s longer
-PROCESSES = multiprocessing.get_context("fork" if FORKS else "spawn")
+# Forks of a server that has loaded what is slow to load, and nothing else. (Forks of a process that
+# has run tests take twice as long.) On Windows each question starts Python anew, 5 s longer.
+FORKS = hasattr(os, "fork")
+PROCESSES = multiprocessing.get_context("forkserver" if FORKS else "spawn")
+if FORKS:
+    PROCESSES.set_forkserver_preload(["tests.assignments.grade"])
 CANARIES = "tests/canaries.py"
 NUMBER_OF_CANARIES = Path(__file__).with_name("canaries.py").read_text().count("\ndef test_")
 FILE_BYTES = 16_000_000
