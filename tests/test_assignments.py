@@ -169,6 +169,9 @@ def test_the_tests_of_a_starter_pass_when_all_is_solved(starter, tmp_path):
     process.start()
     process.join()
     assert grade.verdict(every, {every: grade.read(tmp_path / "result")}) == ""
+    done = subprocess.run([sys.executable, "-m", *handout.command(NOISE).split()[2:]], text=True,
+                          cwd=tmp_path / "solved", capture_output=True)
+    assert re.search(rf"\b{len(NOISE.tests)} passed", done.stdout), done.stdout
 
 
 def test_the_handout_has_every_question_and_a_part_alone(starter, tmp_path):

@@ -6,6 +6,7 @@ recorded numbers that these need, because the others hold answers: tests/benchma
 head a second time, tests/mutants.py the lines that it changes. Twins that are no answer stay, such
 as the denoiser in closed form in diffusion.py.
 """
+import pprint
 import shutil
 import textwrap
 from pathlib import Path
@@ -23,8 +24,8 @@ questions, a function's docstring says what it takes and gives.
     pip install -r requirements.txt
     {first}
 
-The second line tests question {number} (`{target}` in `{file}`): red now, green when you are done.
-`{pytest}` tests all questions at once.
+The second line tests question {number} (`{target}` in `{file}`): red now, green when you
+are done. `{pytest}` tests all questions at once.
 
 Each function is graded alone, within the original of everything else. So write what it needs inside
 of it: no new helpers or imports at the top of the file. Leave its name and parameters as they are.
@@ -32,6 +33,23 @@ A test of a question may need other questions solved before: "needs", in the han
 has these solved.
 
 Hand in a folder, named as you are, with the six files: {files}.
+"""
+
+
+# What a starter adds to tests/conftest.py.
+CHOOSING = """
+
+TESTS = {tests}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--question", choices=TESTS, help="only the tests of this question")
+
+
+def pytest_collection_modifyitems(config, items):
+    ids = TESTS.get(config.getoption("--question"))
+    if ids:
+        items[:] = [item for item in items if {{item.nodeid, item.nodeid.split("[")[0]}} & {{*ids}}]
 """
 
 
@@ -44,9 +62,8 @@ def function_of(test):
 
 
 def command(question):
-    """The command that tests a question."""
-    ids = [f'"{test}"' if set(test) & set("[] ") else test for test in question.tests]
-    return " ".join([PYTEST, *ids])
+    """What tests a question in a starter."""
+    return f"{PYTEST} --question {question.number}"
 
 
 def chosen(part):
@@ -65,7 +82,10 @@ def starter(folder, part=None):
     for name in ("requirements.txt", ".gitignore", "LICENSE"):
         shutil.copy(code.ROOT / name, folder)
     shutil.copytree(code.ROOT / "tests/data", folder / "tests/data")
-    shutil.copy(code.ROOT / "tests/conftest.py", folder / "tests")
+    conftest = (code.ROOT / "tests/conftest.py").read_text(encoding="utf-8")
+    by_number = {question.number: list(question.tests) for question in questions}
+    listed = pprint.pformat(by_number, width=100)
+    write(folder / "tests/conftest.py", conftest + CHOOSING.format(tests=listed))
     tests = [test for question in questions for test in question.tests]
     for file in sorted(set(map(file_of, tests))):
         wanted = {function_of(test) for test in tests if file_of(test) == file}
