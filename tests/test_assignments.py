@@ -372,6 +372,17 @@ def test_the_table_and_the_csv_say_the_same(tmp_path, capsys):
 # The whole zoo, and a class of forty -------------------------------------------------------------
 
 @pytest.mark.zoo
+def test_the_code_in_the_answers_runs():
+    answers = (code.ROOT / "tests/assignments/answers.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", answers, re.DOTALL)
+    assert len(blocks) > 5
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-"], input=block, cwd=code.ROOT, text=True,
+                              capture_output=True)
+        assert done.returncode == 0, block + done.stderr
+
+
+@pytest.mark.zoo
 def test_every_planted_bug_is_caught_by_the_test_that_is_named_for_it():
     done = subprocess.run([sys.executable, "-m", "tests.mutants", "--trust"], cwd=code.ROOT,
                           text=True, capture_output=True)
