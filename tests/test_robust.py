@@ -138,7 +138,7 @@ def killed_at_file(number, after, monkeypatch):
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("number", few_or_all([1, 3, 9, 14, 19], range(1, 25)))
+@pytest.mark.parametrize("number", few_or_all([3, 9, 19], range(1, 25)))
 def test_killed_at_any_file_a_run_goes_on_to_the_same_bits(number, after, demos, expected, tmp_path,
                                                            monkeypatch):
     """At every moment at which something is saved, what is there is loaded and goes on."""
@@ -514,9 +514,10 @@ def test_contradictory_flags(flags, told, demos, tmp_path, monkeypatch, capsys):
     assert not [*tmp_path.rglob("config.json")]
 
 
-@pytest.mark.parametrize("flags", ["", "nonsense", "main --seeds 0", "main --seeds x",
-                                   "main --seeds -3", "--check nowhere", "main --collect --out nowhere",
-                                   "main --collect --out file/x"])
+@pytest.mark.parametrize("flags", few_or_all(
+    ["", "main --seeds 0", "main --collect --out file/x"],
+    ["", "main --seeds 0", "main --collect --out file/x", "nonsense", "main --seeds x",
+     "main --seeds -3", "--check nowhere", "main --collect --out nowhere"]))
 def test_bad_flags_of_compare(flags, tmp_path):
     (tmp_path / "file").write_text("in the way")
     done = subprocess.run([sys.executable, "-m", "results.compare", *flags.split()], cwd=tmp_path,
