@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_configure(config):
     config.addinivalue_line("markers", "stress: minutes of kills, faults and load; python -m pytest "
                             "-m stress")
-    config.addinivalue_line("markers", "zoo: half an hour, every planted bug and forty submissions; "
+    config.addinivalue_line("markers", "zoo: minutes of every planted bug and of forty submissions; "
                             "python -m pytest -m zoo")
     config.option.markexpr = config.option.markexpr or "not stress and not zoo"
 

@@ -104,17 +104,20 @@ def test_readme_and_questions_name_each_other():
 
 def test_the_experiments_bands_are_what_three_committed_runs_reached():
     text = (code.ROOT / "tests/assignments/experiments.md").read_text(encoding="utf-8")
-    committed = {}     # flags -> {seed: success}
+    committed, seconds = {}, {}     # flags -> {seed: success}, {seed: seconds}
     for file in (code.ROOT / "results").glob("*.json"):
         for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
             flags = re.sub(r"python train.py|--(?:seed|out) \S+|--resume|--depth 4", "",
                            cell["command"]).split()
             if "near" in flags:
                 committed.setdefault(frozenset(flags), {})[cell["seed"]] = cell["success_rate"]
-    rows = re.findall(r"^\| (X\d) \| `(.+)` \| \d \| (.+) \| (.+) to (.+) \|$", text, re.M)
+                seconds.setdefault(frozenset(flags), {})[cell["seed"]] = cell["seconds"]["total"]
+    rows = re.findall(r"^\| (X\d) \| `(.+)` \| (.+) \| (.+) \| (.+) to (.+) \|$", text, re.M)
     assert [row[0] for row in rows] == ["X1"] * 3 + ["X2"] * 3 + ["X3"] * 3 + ["X4"]
-    for _, flags, told, low, high in rows:
-        success = committed[frozenset(["--task", "near", *flags.split()])]
+    for _, flags, took, told, low, high in rows:
+        kind = frozenset(["--task", "near", *flags.split()])
+        success, three = committed[kind], [seconds[kind][seed] for seed in (0, 1, 2)]
+        assert took == f"{min(three):.0f} to {max(three):.0f}"
         assert told.split() == [f"{success[seed]:.3f}" for seed in (0, 1, 2)]
         assert float(low) == pytest.approx(max(0, min(success.values()) - 0.05), abs=0.006)
         assert float(high) == pytest.approx(min(1, max(success.values()) + 0.05), abs=0.006)
@@ -400,7 +403,9 @@ def test_every_planted_bug_is_caught_by_the_test_that_is_named_for_it():
 
 @pytest.mark.zoo
 def test_a_class_of_forty_gets_its_marks(tmp_path):
+    """No two answers are equal, so that none is shared; eleven students try a trick, one a loop."""
     drawn, expected = random.Random(0), {}
+    tricks = [*HOSTILE.values(), ("while True: pass", "time limit")]
     for number in range(40):
         folder = tmp_path / f"student-{number:02d}"
         folder.mkdir()
@@ -418,11 +423,27 @@ def test_a_class_of_forty_gets_its_marks(tmp_path):
                                               code.find(ast.parse(planted), names))
             if kind != "right":
                 right.remove(question.number)
+        if number >= 40 - len(tricks):
+            body, reason = tricks[number - 40]
+            names = ["DDPM", "add_noise"]
+            function = code.find(ast.parse(REFERENCE["diffusion.py"]), names)
+            function.body = ast.parse(body).body
+            texts["diffusion.py"] = code.transplant(texts["diffusion.py"], names, function)
+            right = right - {NOISE.number} if reason else right | {NOISE.number}
+        for question in QUESTIONS:
+            file, names = code.place(question.target)
+            function = code.find(ast.parse(texts[file]), names)
+            if not code.is_blank(function):
+                own = ast.parse(f"student = {number}").body
+                function.body[1:1] = own     # behind the docstring
+                texts[file] = code.transplant(texts[file], names, function)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         expected[folder] = right
     start = time.monotonic()
     marks = grade.grade(list(expected))
-    print(f"\nforty submissions: {time.monotonic() - start:.0f} s")
+    answered = [answer for folder in expected for answer in grade.answers(folder).values()]
+    different = {answer for answer in answered if isinstance(answer, grade.Case)}
+    print(f"\nforty submissions, {len(different)} answers: {time.monotonic() - start:.0f} s")
     for folder, reasons in marks.items():
         assert {number for number, reason in reasons.items() if not reason} == expected[folder]

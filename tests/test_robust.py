@@ -160,19 +160,23 @@ def test_killed_at_any_file_a_run_goes_on_to_the_same_bits(number, after, demos,
 
 @stress
 @posix
-@pytest.mark.parametrize("moment", np.linspace(0, 1.05, 22).round(3).tolist())
-def test_kill_9_at_a_random_moment_loses_nothing(moment, tmp_path, small):
-    """Demonstrations, stages, playing, evaluation, figures: the same command with --resume ends."""
+@pytest.mark.parametrize("number", range(20))
+def test_kill_9_at_a_random_moment_loses_nothing(number, tmp_path, small):
+    """Demonstrations, stages, playing, evaluation, figures: the same command with --resume ends.
+
+    The moment is drawn between the folder's first file and the end: earlier there is nothing to
+    resume, later nothing to kill.
+    """
     seconds, expected = small
     child = start(SMALL, tmp_path)
-    jitter = random.Random(moment).uniform(0, 0.04)
+    wait_for(lambda: [*tmp_path.glob("runs/mlp*/config.json")], child)
     try:
-        child.communicate(timeout=seconds * (moment + jitter))
+        child.communicate(timeout=random.Random(number).uniform(0, 0.95) * seconds)
+        pytest.skip("it ended before it was killed")
     except subprocess.TimeoutExpired:
         child.kill()
         child.communicate()
-    begun = [*tmp_path.glob("runs/mlp*/config.json")]
-    code, _, said = finish([*SMALL, "--resume"] if begun else SMALL, tmp_path)
+    code, _, said = finish([*SMALL, "--resume"], tmp_path)
     assert code == 0, said
     (folder,) = tmp_path.glob("runs/mlp*")
     assert_same(outcome(folder), expected)
@@ -180,13 +184,13 @@ def test_kill_9_at_a_random_moment_loses_nothing(moment, tmp_path, small):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """How long the command SMALL takes, and what comes out."""
+    """How long the command SMALL takes from its folder's first file on, and what comes out."""
     folder = tmp_path_factory.mktemp("small")
-    begin = time.perf_counter()
     code, _, said = finish(SMALL, folder)
     assert code == 0, said
     (run,) = folder.glob("runs/mlp*")
-    return time.perf_counter() - begin, outcome(run)
+    begun, ended = ((run / name).stat().st_mtime for name in ("config.json", "curves.png"))
+    return ended - begun, outcome(run)
 
 
 @posix
@@ -584,7 +588,7 @@ def test_actions_that_are_no_numbers_are_one_line(finished, tmp_path):
 
 @stress
 @pytest.mark.parametrize("recipe", ["--decoupled", "--random-backbone", "--pretrained", "--smoke"])
-@pytest.mark.parametrize("backbone", ["mlp", "unet", "transformer", "transformer --conditioning film",
+@pytest.mark.parametrize("backbone", ["mlp", "unet", "transformer",     # the last with FiLM
                                       "transformer --conditioning cross-attention"])
 def test_same_seed_same_numbers_and_resumed_as_well(backbone, recipe, demos, tmp_path, monkeypatch):
     def arguments(name, *more):
