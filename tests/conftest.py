@@ -2,6 +2,7 @@
 busy machine take ten times as long. Has to be set before anything imports torch or numpy."""
 import functools
 import os
+import signal
 
 import pytest
 
@@ -9,6 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config):
+    # Started in a shell's background, this process and its children would ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "stress: minutes of kills, faults and load; python -m pytest "
                             "-m stress")
     config.addinivalue_line("markers", "zoo: minutes of every planted bug and of forty submissions; "

@@ -199,7 +199,7 @@ def small(tmp_path_factory):
                                                          "evaluation"]))
 def test_asked_to_stop_it_says_in_one_line_how_to_go_on(when, number, tmp_path, small):
     """SIGTERM, a cluster's way of saying stop, does what Ctrl-C does, in every phase."""
-    child = start(SMALL, tmp_path, preexec_fn=hear_sigint)
+    child = start(SMALL, tmp_path)
     if when == "evaluation":
         wait_for(lambda: [*tmp_path.glob("runs/mlp*/policy.pt")], child)
     elif when == "demonstrations":
@@ -216,11 +216,6 @@ def test_asked_to_stop_it_says_in_one_line_how_to_go_on(when, number, tmp_path, 
     assert code == 0, said
     (folder,) = tmp_path.glob("runs/mlp*")
     assert_same(outcome(folder), small[1])
-
-
-def hear_sigint():
-    """A shell's background job, and what it starts, ignores it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition, child, seconds=120):
