@@ -27,6 +27,7 @@ BOARD = 512.0
 MIDDLE, FREE = 255.5, 248.5  # walls stop the block, not the agent; their faces: MIDDLE +- FREE
 AGENT_RADIUS = 15.0
 GOAL = np.array([256.0, 256.0, np.pi / 4])
+AWAY = np.array([256.0, 460.0, np.pi])  # another: 204 px off, 135 degrees on, by the lower wall
 STEM = [[-15.0, 30.0], [15.0, 120.0]]  # the block's two boxes, from corner to corner
 BAR = [[-60.0, 0.0], [60.0, 30.0]]
 BLOCK_AREA = 6300.0  # px^2
@@ -276,58 +277,64 @@ class World:
 
 # Environment -------------------------------------------------------------------------------------
 
-def start_full(rng):
-    """The benchmark's start law and gym-pusht 0.1.8's very numbers: (5,) state."""
+def start_full(rng, goal):
+    """The benchmark's start law and gym-pusht 0.1.8's very numbers, for any goal: (5,) state."""
     agent, block = rng.integers(50, 450, 2), rng.integers(100, 400, 2)
     return np.concatenate([agent, from_legacy([*block, rng.uniform(-np.pi, np.pi)])])
 
 
-def start_near(rng):
+def start_near(rng, goal):
     """Block within 60 px and 0.75 rad of the goal, agent anywhere free of the block: (5,) state."""
-    radius, direction = 60 * np.sqrt(rng.uniform()), 2 * np.pi * rng.uniform()
-    offset = radius * np.exp(1j * direction)
-    pose = GOAL + [offset.real, offset.imag, rng.uniform(-0.75, 0.75)]
+    outside = True
+    while outside:  # the block beyond a wall
+        radius, direction = 60 * np.sqrt(rng.uniform()), 2 * np.pi * rng.uniform()
+        offset = radius * np.exp(1j * direction)
+        pose = goal + [offset.real, offset.imag, rng.uniform(-0.75, 0.75)]
+        outside = np.abs(keypoints(pose) - MIDDLE).max() > FREE
     agents = rng.uniform(50, 450, (32, 2))  # at least one of 32 is free, but for a chance of 1e-30
     local = (agents - pose[:2]) @ [1, 1j] * np.exp(-1j * pose[2]) - CENTER
     free = (circle_contacts(local)[2] > AGENT_RADIUS).all(0)
     return np.concatenate([agents[free.argmax()], pose])
 
 
-START = {"full": start_full, "near": start_near}
+# A task: the law by which scenes start, and the goal that everything else is told.
+TASKS = {"full": (start_full, GOAL), "near": (start_near, GOAL), "away": (start_full, AWAY)}
 OBSERVATIONS = "state", "keypoints", "pixels"
 
 
 class PushT:
     """B environments in one. An environment's results do not depend on its neighbours.
 
-    task: "full" (the benchmark's starts) or "near"; observation: "state" (B, 5), "keypoints"
+    task: a row of TASKS, "full" is the benchmark; observation: "state" (B, 5), "keypoints"
     (B, 18: eight corners, agent) or "pixels" (B, 96, 96, 3) uint8; truncated after max_steps.
     ValueError for other choices, and for states and actions that are not finite or misshapen.
     """
 
     def __init__(self, num_envs=1, task="full", success_threshold=0.95, max_steps=300,
                  observation="state"):
-        choices = ("task", task, START), ("observation", observation, OBSERVATIONS)
+        choices = ("task", task, TASKS), ("observation", observation, OBSERVATIONS)
         for name, value, allowed in choices:
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}; it must be at least 1")
-        self.num_envs, self.task, self.observation = num_envs, task, observation
+        self.start, self.goal = TASKS[task]
+        self.num_envs, self.observation = num_envs, observation
         self.success_threshold, self.max_steps = success_threshold, max_steps
         self.reset(0)
 
     def reset(self, seed=0):
         """Start anew: environment i from seed + i, or from seed[i]; returns the observation."""
         seeds = seed + np.arange(self.num_envs) if np.ndim(seed) == 0 else seed
-        return self.set_state([START[self.task](np.random.default_rng(int(s))) for s in seeds])
+        return self.set_state([self.start(np.random.default_rng(int(seed)), self.goal)
+                               for seed in seeds])
 
     def set_state(self, state):
         """Set exactly this state (B, 5), see `state`, all at rest; returns the observation."""
         self._world = World(self._checked("state", state, 5))
         self.steps = np.zeros(self.num_envs, int)
         self.max_coverage = np.zeros(self.num_envs)
-        self._coverage = block_coverage(self.block_pose())
+        self._coverage = block_coverage(self.block_pose(), self.goal)
         return self.observe()
 
     def step(self, actions):
@@ -337,7 +344,7 @@ class PushT:
         (B,) and info: coverage, max_coverage since the start, is_success. It never resets anything.
         """
         self._world.drive(self._checked("actions", actions, 2) @ [1, 1j])
-        self._coverage = block_coverage(self.block_pose())
+        self._coverage = block_coverage(self.block_pose(), self.goal)
         self.steps += 1
         self.max_coverage = np.maximum(self.max_coverage, self._coverage)
         terminated = self._coverage > self.success_threshold
@@ -381,7 +388,7 @@ class PushT:
 
     def render(self, size=96):
         """Pictures of all environments, (B, size, size, 3) uint8."""
-        return draw_states(self.state(), size)
+        return draw_states(self.state(), size, self.goal)
 
     def keep(self, mask):
         """Go on with the environments where mask (B,) is true, drop the others."""
@@ -428,7 +435,7 @@ COLORS = {"board": (255, 255, 255), "goal": (144, 238, 144), "fill": (143, 163, 
           "wall": (211, 211, 211)}  # gym-pusht's
 
 
-@lru_cache(maxsize=4)  # one for each size
+@lru_cache(maxsize=4)  # one for each size and goal
 class Painter:
     """Draws states as gym-pusht does: shapes on a 512 px canvas, resampled bilinearly to `size`.
 
@@ -436,7 +443,7 @@ class Painter:
     computed. A canvas is (3, 2 size, 2 size), the colours of all taps.
     """
 
-    def __init__(self, size):
+    def __init__(self, size, goal):
         self.size = size
         place = (np.arange(size) + 0.5) * BOARD / size - 0.5  # of the result's pixels on the canvas
         first = np.clip(np.floor(place), 0, BOARD - 2)
@@ -447,7 +454,7 @@ class Painter:
         depth = np.maximum(depth, depth[:, None])
         self.wall = (depth >= 0) & (depth <= 4)
         self.background = np.full((3, 2 * size, 2 * size), 255, np.float32)
-        self.draw_block(self.background, GOAL, 0.5, ("goal", "goal"))
+        self.draw_block(self.background, goal, 0.5, ("goal", "goal"))
 
     def window(self, center, extent):
         """The taps' rows, columns and places (rows, columns), complex, around a point (2,)."""
@@ -489,14 +496,15 @@ class Painter:
         return (canvas + 0.5).astype(np.uint8).transpose(1, 2, 0)
 
 
-def draw_states(states, size=96):
+def draw_states(states, size=96, goal=GOAL):
     """Pictures of states (..., 5) as gym-pusht draws them: (..., size, size, 3) uint8 RGB."""
     states = np.asarray(states, float)
-    images = np.stack([Painter(size).draw(state) for state in states.reshape(-1, 5)])
+    painter = Painter(size, tuple(goal))
+    images = np.stack([painter.draw(state) for state in states.reshape(-1, 5)])
     return images.reshape(*states.shape[:-1], size, size, 3)
 
 
-def draw_rollouts(states, lengths, picture_file, animation_file):
+def draw_rollouts(states, lengths, picture_file, animation_file, goal=GOAL):
     """Save the first eight rollouts: the agents' ways in a picture (.png), and moving (.gif).
 
     states (steps + 1, B, 5); lengths (B,): the steps of each rollout that count.
@@ -506,14 +514,14 @@ def draw_rollouts(states, lengths, picture_file, animation_file):
     lengths = np.minimum(lengths[:8], len(states) - 1)
     times = np.arange(lengths.max() + 1)[:, None]
     states = states[np.minimum(times, lengths), np.arange(len(lengths))]  # each waits at its end
-    coverage = block_coverage(states[-1, :, 2:])
+    coverage = block_coverage(states[-1, :, 2:], goal)
     figure = Figure(figsize=(8, 4.2))
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.94, 0.04, 0.12)
     axes = figure.subplots(2, 4).ravel()
     images = []
     for axis in axes:
         axis.set_axis_off()
-    for i, picture in enumerate(draw_states(states[-1], 192)):
+    for i, picture in enumerate(draw_states(states[-1], 192, goal)):
         images.append(axes[i].imshow(picture, extent=(0, BOARD, BOARD, 0)))
         x, y = states[:lengths[i] + 1, i, :2].T
         axes[i].plot(x, y, color="tab:orange", linewidth=1)
@@ -521,7 +529,7 @@ def draw_rollouts(states, lengths, picture_file, animation_file):
     figure.savefig(picture_file, dpi=120)
 
     def show(time):
-        for image, picture in zip(images, draw_states(states[time], 192)):
+        for image, picture in zip(images, draw_states(states[time], 192, goal)):
             image.set_data(picture)
             image.axes.set_title("")
             image.axes.lines[0].set_visible(False)
@@ -704,7 +712,7 @@ def _target_on_way(agent, start, k, ways, ahead):
     return agent + (done * pieces).sum(1)
 
 
-def expert_action(state):
+def expert_action(state, goal=GOAL):
     """The expert's action, where to move the agent next: (B, 5) state -> (B, 2) px.
 
     It depends on the state alone, never on a running plan, for a policy sees only the state. Plan
@@ -712,10 +720,10 @@ def expert_action(state):
     normal, else travel there around the block.
     """
     state = np.asarray(state, float)
-    rotation, goal_rotation = np.exp(1j * state[:, 4]), np.exp(1j * GOAL[2])
+    rotation, goal_rotation = np.exp(1j * state[:, 4]), np.exp(1j * goal[2])
     center = state[:, 2:4] @ [1, 1j] + rotation * CENTER
     agent = (state[:, :2] @ [1, 1j] - center) / rotation  # in the block's frame
-    error = (center - complex(*GOAL[:2])) / goal_rotation - CENTER
+    error = (center - complex(*goal[:2])) / goal_rotation - CENTER
     turn = rotation / goal_rotation
     distance = _distance(error, turn)
     # What each contact costs to reach.
@@ -745,14 +753,15 @@ def expert_action(state):
 
 def _starts(rng, number, task):
     """States (number, 5) from which the expert plays; some of them closer to the goal."""
-    start = np.array([START[task](rng) for _ in range(number)])
-    if task == "near":  # a policy that loses the block must find the way back
+    law, goal = TASKS[task]
+    start = np.array([law(rng, goal) for _ in range(number)])
+    if law is start_near:  # a policy that loses the block must find the way back
         for i in np.flatnonzero(rng.random(number) < WIDE_SHARE):
-            start[i] = start_full(rng)
+            start[i] = start_full(rng, goal)
     for i in np.flatnonzero(rng.random(number) < CLOSE_SHARE):
-        start[i] = start_near(rng)
+        start[i] = start_near(rng, goal)
         nearer = np.exp(rng.uniform(np.log(0.08), 0))  # to 5..60 px, the agent with the block
-        move = (nearer - 1) * (start[i, 2:] - GOAL)
+        move = (nearer - 1) * (start[i, 2:] - goal)
         start[i, :2] += move[:2]
         start[i, 2:] += move
     return start
@@ -781,7 +790,7 @@ def expert_demonstrations(count, task="full", seed=0):
             actions = np.zeros((number, env.max_steps, 2), np.float32)
             lengths = np.zeros(number, int)  # 0: has failed
             for step in range(env.max_steps):
-                action = expert_action(state)
+                action = expert_action(state, env.goal)
                 states[alive, step] = state
                 actions[alive, step] = action
                 done = env.max_coverage > STOP_COVERAGE  # so the last recorded state is beyond it
@@ -918,13 +927,14 @@ def lesson(folder, task):
     env = PushT(8, task)
     state = env.reset(0)
     print("8 scenes; the state", state.shape, "is agent x, y, block x, y and angle. Scene 0:", state[0])
-    result = play(env, lambda past: expert_action(past[:, -1])[:, None])
+    result = play(env, lambda past: expert_action(past[:, -1], env.goal)[:, None])
     states = result["states"]
     for step in range(0, len(states), 25):
-        print("step", step, "coverage", block_coverage(states[step, :, 2:]).round(2))
+        print("step", step, "coverage", block_coverage(states[step, :, 2:], env.goal).round(2))
     print("steps until coverage is above 0.95, or 300:", result["length"])
     folder.mkdir(parents=True, exist_ok=True)
-    draw_rollouts(states, result["length"], folder / "rollouts.png", folder / "rollout.gif")
+    draw_rollouts(states, result["length"], folder / "rollouts.png", folder / "rollout.gif",
+                  env.goal)
     print("Pictures: rollouts.png and rollout.gif in", folder)
 
 
@@ -932,7 +942,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="The PushT lesson, or a game that records.")
     flag = parser.add_argument
     flag("--play", metavar="FILE", help="push the block with the mouse, keep the episodes in FILE")
-    flag("--task", choices=START, default="full", help="default full")
+    flag("--task", choices=TASKS, default="full", help="default full")
     flag("--seed", type=int, default=0, help="of the first scene to play; default 0")
     parser.error = lambda message: parser.exit(2, f"sim_pusht.py: {message}\n")
     options = parser.parse_args()

@@ -80,18 +80,21 @@ SMOKE = dict(steps=150, stage1_steps=100, num_demos=40, episodes=16, log_every=2
 
 def train_policy(config, run, demonstrations, device):
     """Normal and decoupled training, and their controls; returns the policy in evaluation mode."""
-    backbone = make_backbone(config.backbone, config.scale, ACTION_DIM, HORIZON,
-                             config.conditioning, config.width)
-    if config.recipe in ("decoupled", "pretrained") and not run.is_past("stage1"):
+    backbone, stage1 = make_action_head(config), None
+    pretrains = config.recipe in ("decoupled", "pretrained") and not config.action_head
+    if pretrains and not run.is_past("stage1"):
         # Stage 1: backbone and a conditioning on joint angles, on free kinematic data.
-        conditioning = make_conditioning(backbone, config.pretrain_condition, horizon=HORIZON)
-        policy = make_policy(conditioning, backbone, config).to(device)
+        stage1 = make_conditioning(backbone, config.pretrain_condition, horizon=HORIZON)
+        policy = make_policy(stage1, backbone, config).to(device)
         fit("stage1", policy, policy, kinematic_batches(demonstrations, config, device), config, run)
+        save_action_head(backbone, config, run.folder / "action_head.pt")
 
     # Stage 2, with a fresh conditioning on observations. Normal training is this alone.
+    _, goal = sim_pusht.TASKS[config.task]
     conditioning = make_conditioning(backbone, "state", obs_steps=OBS_STEPS,
-                                     corners=sim_pusht.KEYPOINTS.tolist(),
-                                     goal=sim_pusht.GOAL.tolist())
+                                     corners=sim_pusht.KEYPOINTS.tolist(), goal=goal.tolist())
+    if config.keep_biases and stage1:
+        conditioning.keep_biases(stage1)
     policy = make_policy(conditioning, backbone, config).to(device)
     trained = policy
     if config.recipe in ("decoupled", "random-frozen"):
@@ -108,6 +111,43 @@ def make_policy(conditioning, backbone, config):
     return DiffusionPolicy(conditioning, backbone, ACTION_SCALE, (0.0, sim_pusht.BOARD), OBS_STEPS,
                            config.executed_actions, config.sampling_steps,
                            noise_samples=noise_samples, loss_steps=loss_steps)
+
+
+def make_action_head(config):
+    """The backbone that the flags ask for, random or from the file of --action-head.
+
+    Raises ValueError, in one line, for an impossible one, a bad file, or a file of another one.
+    """
+    backbone = make_backbone(config.backbone, config.scale, ACTION_DIM, HORIZON,
+                             config.conditioning, config.width)
+    path = config.action_head
+    if path is None:
+        return backbone
+    saved = load_file(path, "action head")
+    if not isinstance(saved, dict) or "action_head" not in saved:
+        raise ValueError(f"{path} holds no action head; stage 1 writes action_head.pt")
+    holds, version = saved["action_head"], saved.get("format")
+    if version != DiffusionPolicy.FILE_FORMAT:
+        raise ValueError(f"{path} has action head format {version}, this code reads "
+                         f"{DiffusionPolicy.FILE_FORMAT}")
+    try:
+        other = [f"{key} {holds.get(key)}, not {asked}" for key, asked in backbone.config.items()
+                 if holds.get(key) != asked]
+        if not other:
+            backbone.load_state_dict(saved["weights"], assign=True)
+    except Exception as error:     # anything can be wrong in a file
+        raise ValueError(f"{path} does not fit this code ({error!r:.80})") from None
+    if other:
+        raise ValueError(f"{path} holds another backbone than the flags ask for: {'; '.join(other)}")
+    return backbone
+
+
+def save_action_head(backbone, config, path):
+    """Write what stage 1 has made, for runs of any task: see --action-head."""
+    saved = dict(format=DiffusionPolicy.FILE_FORMAT, action_head=backbone.config,
+                 weights=backbone.state_dict(), command=config.command, commit=code_version())
+    with whole(path) as unfinished:
+        torch.save(saved, unfinished)
 
 
 def freeze(backbone):
@@ -464,7 +504,8 @@ def summarise(policy, config, folder, seconds):
         result = evaluate(policy, config.task, config.episodes)
     picture, animation = folder / "rollouts.png", folder / "rollout.gif"
     with timed(seconds, "figures"), whole(picture) as still, whole(animation) as moving:
-        sim_pusht.draw_rollouts(result["states"], result["length"], still, moving)
+        _, goal = sim_pusht.TASKS[config.task]
+        sim_pusht.draw_rollouts(result["states"], result["length"], still, moving, goal)
     summary = dict(command=config.command, task=config.task, seed=config.seed, **scores(result),
                    executed_actions=config.executed_actions, device=config.device,
                    threads=torch.get_num_threads(), torch=torch.__version__, commit=code_version())
@@ -506,13 +547,17 @@ def make_parser():
            help="control: freeze a backbone that learned nothing; default: normal")
     recipe("--pretrained", dest="recipe", action="store_const", const="pretrained",
            help="control: as --decoupled, but freeze nothing; default: normal")
-    flag("--task", default="full", choices=["full", "near"], help="the benchmark's start scenes, "
-         "or the quick lesson: block within 60 px and 0.75 rad of the goal; default full")
+    flag("--task", default="full", choices=sim_pusht.TASKS, help="the benchmark; the quick lesson, "
+         "block within 60 px and 0.75 rad of the goal; or another goal, far away; default full")
     flag("--seed", type=int, default=0, help="of initialisation and batches; default 0")
     flag("--smoke", action="store_true", help="all of it once in under a minute, without success; "
          "default: off")
 
     flag = parser.add_argument_group("stage 1").add_argument
+    flag("--action-head", type=Path, metavar="FILE", help="take the backbone from the "
+         "action_head.pt of another run; default: make one")
+    flag("--keep-biases", action="store_true", help="control: stage 2 starts from the biases of "
+         "stage 1's conditioning, of tokens from their MLP; default: from nothing")
     flag("--pretrain-condition", default="joints", choices=["joints", "pose", "none"], help="what "
          "the denoiser is conditioned on; default joints, the paper's")
     flag("--pretrain-data", default="arm", choices=[*MOTIONS, "demonstrations"], help="the motion: "
@@ -564,7 +609,7 @@ def parse(arguments=None):
     config = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     for key, value in vars(config).items():
-        name = f"--{key.replace('_', '-')} {value}"
+        name = f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
         if value == parser.get_default(key):
             continue
         if value == Path():     # an empty name as well
@@ -575,8 +620,11 @@ def parse(arguments=None):
         if config.evaluate and key not in ("evaluate", "task", "episodes", "executed_actions",
                                            "device", "out", "smoke"):
             parser.error(f"{name} means nothing with --evaluate, which trains nothing")
-        if key.startswith("pretrain_") and config.recipe in ("normal", "random-frozen"):
-            parser.error(f"{name} means nothing without --decoupled or --pretrained")
+        if key.startswith(("pretrain_", "keep_", "action_head")):
+            if config.recipe in ("normal", "random-frozen"):
+                parser.error(f"{name} means nothing without --decoupled or --pretrained")
+            if config.action_head and key != "action_head":
+                parser.error(f"{name} means nothing with --action-head: stage 1 is over")
     config.command = shlex.join(["python", "train.py", *given])
     if config.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but this PyTorch sees no CUDA GPU; allowed here: cpu, auto")
@@ -587,7 +635,9 @@ def parse(arguments=None):
     for key, value in (SETTINGS[config.scale] | (SMOKE if config.smoke else {})).items():
         file_decides = key == "num_demos" and config.demos
         if getattr(config, key, None) is None and not file_decides:
-            setattr(config, key, value[config.task] if isinstance(value, dict) else value)
+            if isinstance(value, dict):
+                value = value.get(config.task, value["full"])
+            setattr(config, key, value)
     return config, parser.error
 
 
@@ -640,9 +690,8 @@ def set_up(config):
     """The run and its demonstrations, or --evaluate's policy: here all bad input is found."""
     if config.evaluate:
         return [DiffusionPolicy.load(config.evaluate, config.device)]
-    with torch.device("meta"):     # refuses an impossible pair
-        make_backbone(config.backbone, config.scale, conditioning=config.conditioning,
-                      width=config.width)
+    with torch.device("meta"):     # refuses an impossible one
+        make_action_head(config)
     run = Run(config)     # first: interrupted from here on, the run can be resumed
     try:
         with timed(run.seconds, "demonstrations"):

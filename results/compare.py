@@ -33,6 +33,7 @@ RECIPES = {
     "decoupled": "--decoupled",
     "random frozen": "--random-backbone",
     "unfrozen after stage 1": "--pretrained",
+    "decoupled, biases kept": "--decoupled --keep-biases",
 }
 # An update of DP-MLP predicts 128 x 2 x 4 noises (observations x draws x horizon steps), one of the
 # others 128 x 1 x 16: with half the updates, all heads learn from as many, in about the same time.
@@ -41,6 +42,14 @@ HEADS = {
     "UNET": "--backbone unet --stage1-steps 1250 --steps 4000",
     "DPT": "--backbone transformer --stage1-steps 1250 --steps 4000 --conditioning",
     "LONG": "--backbone transformer --stage1-steps 2500 --steps 8000 --conditioning",
+}
+# What the rows of `sharing` take from other rows' runs, of the same seed, and from elsewhere.
+HEAD = "--decoupled --action-head runs/compare/{}-seed{{seed}}/action_head.pt"
+FILES = {
+    "ARM": HEAD.format("near-mlp-decoupled"),
+    "NEAR": HEAD.format("near-mlp-decoupled-pretrain-data-demonstrations"),
+    "FULL": HEAD.format("full-mlp-decoupled-pretrain-data-demonstrations"),
+    "HUMAN": "--demos runs/human/demonstrations.npz",     # the README tells where they come from
 }
 
 
@@ -80,17 +89,19 @@ PRESETS = {
         DP-T, FiLM                        | DPT film            | 58.6 / -    | 53.4 / -    | - | -
         """, ("normal", "decoupled", "random frozen", "unfrozen after stage 1"), seeds=3),
     "conditioning": Preset("Which mechanism survives freezing?", """
-        film                                      | DPT film            | 59.5 | 51.8
-        additive                                  | DPT additive        | 57.0 | 45.3
-        adaln                                     | DPT adaln           | 62.0 | 62.3
-        adarms                                    | DPT adarms          | 63.8 | 60.0
-        adaln-zero                                | DPT adaln-zero      | 64.0 | 64.5
-        cross-attention                           | DPT cross-attention | 61.3 | 19.8
-        prefix                                    | DPT prefix          | 56.3 | 19.5
-        prefix, twice the updates                 | LONG prefix         | -    | -
-        cross-attention, two tokens in stage 1    | history             | x    | -
-        cross-attention, keys and values trained  | history             | x    | -
-        """, ("normal", "decoupled")),
+        film                                      | DPT film            | 59.5 | 51.8 | -
+        additive                                  | DPT additive        | 57.0 | 45.3 | -
+        additive, random start                    | history             | -    | -    | x
+        adaln                                     | DPT adaln           | 62.0 | 62.3 | x
+        adarms                                    | DPT adarms          | 63.8 | 60.0 | x
+        adaln-zero                                | DPT adaln-zero      | 64.0 | 64.5 | -
+        cross-attention                           | DPT cross-attention | 61.3 | 19.8 | -
+        prefix                                    | DPT prefix          | 56.3 | 19.5 | -
+        prefix, twice the updates                 | LONG prefix         | -    | -    | x
+        cross-attention, two tokens in stage 1    | history             | x    | -    | x
+        cross-attention, keys and values trained  | history             | x    | -    | x
+        film on DP-MLP                            | MLP                 | -    | -    | -
+        """, ("normal", "decoupled", "decoupled, biases kept")),
     "source": Preset("Does the stage-1 signal matter?", """
         DP-MLP, joint angles           | MLP --decoupled                                | -
         DP-MLP, poses                  | MLP --decoupled --pretrain-condition pose      | -
@@ -122,6 +133,28 @@ PRESETS = {
         width 128, 2 blocks            | history                                        | -
         width 128, 4 blocks            | MLP --decoupled                                | -
         """),
+    "sharing": Preset("Does one action head serve many tasks?", """
+        near, normal                   | --task near MLP                                | -
+        near, head of free arm motion  | --task near MLP --decoupled                    | -
+        near, head of near's paths     | --task near MLP --decoupled --pretrain-data demonstrations | -
+        near, head of full's paths     | --task near MLP FULL                           | -
+        near, random head              | --task near MLP --random-backbone              | -
+        full, normal                   | --task full MLP                                | -
+        full, head of free arm motion  | --task full MLP ARM                            | -
+        full, head of near's paths     | --task full MLP NEAR                           | -
+        full, head of full's paths     | --task full MLP --decoupled --pretrain-data demonstrations | -
+        full, random head              | --task full MLP --random-backbone              | -
+        away, normal                   | --task away --steps 10000 MLP                                | -
+        away, head of free arm motion  | --task away --steps 10000 MLP ARM                            | -
+        away, head of near's paths     | --task away --steps 10000 MLP NEAR                           | -
+        away, head of full's paths     | --task away --steps 10000 MLP FULL                           | -
+        away, random head              | --task away --steps 10000 MLP --random-backbone              | -
+        human, normal                  | --task full --steps 10000 MLP HUMAN                          | -
+        human, head of free arm motion | --task full --steps 10000 MLP HUMAN ARM                      | -
+        human, head of near's paths    | --task full --steps 10000 MLP HUMAN NEAR                     | -
+        human, head of full's paths    | --task full --steps 10000 MLP HUMAN FULL                     | -
+        human, random head             | --task full --steps 10000 MLP HUMAN --random-backbone        | -
+        """, task=""),
     "observation": Preset("What must the policy see?", """
         relative corners, two scales        | history                                   | -
         gym-pusht's keypoints               | history                                   | -
@@ -135,15 +168,17 @@ def runs(preset, seeds):
     for label, flags, _ in preset.table():
         if flags.startswith("history"):
             continue
-        for word, meaning in HEADS.items():
-            flags = flags.replace(word, meaning)
-        words = ["--task", preset.task, *flags.split()]
-        names = [word.removeprefix("--") for word in words]
-        slug = "-".join(name for name in names if name not in ("task", "backbone"))
+        words = f"--task {preset.task} {flags}" if preset.task else flags
+        for word, meaning in (HEADS | FILES).items():
+            words = words.replace(word, meaning)
         for seed in range(seeds):
+            command = ["train.py", *words.format(seed=seed).split(), "--seed", str(seed)]
+            names = [Path(word).parent.name if "/" in word else word.removeprefix("--")
+                     for word in command[1:-2]]
+            slug = "-".join(name for name in names if name not in ("task", "backbone"))
+            slug = slug.removesuffix(f"-seed{seed}")     # of a file
             folder = Path("runs/compare") / f"{slug}-seed{seed}"
-            command = ["train.py", *words, "--seed", str(seed), "--out", str(folder)]
-            yield label, seed, folder, command
+            yield label, seed, folder, [*command, "--out", str(folder)]
 
 
 def execute(command):
@@ -259,7 +294,7 @@ def main():
             print("python", shlex.join(command))
         return
     if missing and not options.collect:
-        minutes = train.SETTINGS["laptop"]["time"][preset.task]
+        minutes = train.SETTINGS["laptop"]["time"][preset.task or "full"]
         print(f"{len(missing)} runs to go, each {minutes} for DP-MLP, longer for the others; "
               "interrupt and call again as you like")
         for command in tqdm(missing, desc=options.preset, unit="run"):

@@ -5,6 +5,7 @@ learning curve.
 """
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,10 @@ def read_run(folder):
     """A run's cell, but for the label. OSError, ValueError, KeyError if the folder holds none."""
     config = read(folder / "config.json")
     settings = {key: config[key] for key in KIND}
+    if config["keep_biases"]:
+        settings["keep_biases"] = True
+    if config["action_head"]:     # made by which run, whatever its seed
+        settings["action_head"] = re.sub(r"-seed\d+", "", Path(config["action_head"]).parent.name)
     return read(folder / "summary.json") | {"settings": settings, "curve": read_curve(folder)}
 
 
@@ -141,7 +146,7 @@ def draw(preset, cells, path):
     height = 0.3 * len(rows) + 1
     width = min(3 * max(len(panels), 2) + 2, 18)
     figure = Figure(figsize=(width, height + 5.5), layout="constrained")
-    figure.suptitle(f"{preset.question} (task {preset.task})")
+    figure.suptitle(preset.question + (f" (task {preset.task})" if preset.task else ""))
     upper, lower = figure.subfigures(2, height_ratios=(height, 5.5))
     left, right = upper.subplots(1, 2, sharey=True)
     draw_bars(left, rows, colors, "success_rate")
