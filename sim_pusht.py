@@ -454,7 +454,7 @@ class Painter:
         depth = np.maximum(depth, depth[:, None])
         self.wall = (depth >= 0) & (depth <= 4)
         self.background = np.full((3, 2 * size, 2 * size), 255, np.float32)
-        self.draw_block(self.background, goal, 0.5, ("goal", "goal"))
+        self.draw_block(self.background, np.array(goal), 0.5, ("goal", "goal"))
 
     def window(self, center, extent):
         """The taps' rows, columns and places (rows, columns), complex, around a point (2,)."""
