@@ -120,21 +120,22 @@ class DDPM(nn.Module):
         return range((num_steps - 1) * stride, -1, -stride)
 
     @torch.no_grad()
-    def sample(self, denoiser, shape, num_steps=None, generator=None):
+    def sample(self, denoiser, shape, num_steps=None, generator=None, temperature=1.0):
         """Draw clean actions of `shape` (B,T,A), starting from pure noise.
 
         denoiser(noisy_actions (B,T,A), timestep (B,) long) -> predicted noise (B,T,A).
         num_steps None: all timesteps with fresh noise in each (Ho, Alg. 2). An int: DDIM with
         that many steps, deterministic after the first draw. `generator` must live on the
-        module's device. Raises ValueError as `timesteps` does.
+        module's device. temperature: what the drawn noise is multiplied by; below 1, samples stay
+        near the middle of what was learned. Raises ValueError as `timesteps` does.
         """
         device = self.betas.device
         timesteps = self.timesteps(num_steps)
-        actions = torch.randn(shape, generator=generator, device=device)
+        actions = temperature * torch.randn(shape, generator=generator, device=device)
         for timestep, previous in zip(timesteps, [*timesteps[1:], -1]):
             predicted = denoiser(actions, torch.full(shape[:1], timestep, device=device))
             if num_steps is None:
-                noise = torch.randn(shape, generator=generator, device=device)
+                noise = temperature * torch.randn(shape, generator=generator, device=device)
                 actions = self.step(predicted, timestep, actions, noise)
             else:
                 actions = self.ddim_step(predicted, timestep, previous, actions)
@@ -162,19 +163,21 @@ class DiffusionPolicy(nn.Module):
     noise_samples: K, noise draws per observation in `loss`; the observation is encoded only once.
     loss_steps: horizon steps per noise draw in `loss`, None for all T. Less is for backbones that
     do not mix time steps: there a random subset has the same gradient in expectation.
+    temperature: of the noise in `act`, see DDPM.sample; the paper's is 1.
     Raises ValueError for settings that do not fit each other.
     """
     FILE_FORMAT = 2
 
     def __init__(self, conditioning, backbone, action_scale, action_range, obs_steps=2,
                  executed_actions=8, sampling_steps=10, relative=True, noise_samples=1,
-                 loss_steps=None):
+                 loss_steps=None, temperature=1.0):
         super().__init__()
         action_scale = list(map(float, action_scale))     # a file must not hold arrays
         self.config = dict(action_scale=action_scale, action_range=list(map(float, action_range)),
                            obs_steps=obs_steps, executed_actions=executed_actions,
                            sampling_steps=sampling_steps, relative=relative,
-                           noise_samples=noise_samples, loss_steps=loss_steps)
+                           noise_samples=noise_samples, loss_steps=loss_steps,
+                           temperature=temperature)
         horizon = len(action_scale)
         if not 1 <= executed_actions <= horizon - obs_steps + 1:
             raise ValueError(f"executed_actions must be in 1..{horizon - obs_steps + 1} (horizon "
@@ -187,6 +190,7 @@ class DiffusionPolicy(nn.Module):
         self.obs_steps, self.executed_actions = obs_steps, executed_actions
         self.sampling_steps, self.relative = sampling_steps, relative
         self.noise_samples, self.loss_steps = noise_samples, loss_steps
+        self.temperature = temperature
         self.low, self.high = action_range
         self.register_buffer("action_scale", torch.tensor(action_scale)[:, None])
 
@@ -249,7 +253,7 @@ class DiffusionPolicy(nn.Module):
         def denoiser(noisy_actions, timestep):
             return self.predict_noise(noisy_actions, timestep, o)
 
-        return self.ddpm.sample(denoiser, shape, self.sampling_steps, generator)
+        return self.ddpm.sample(denoiser, shape, self.sampling_steps, generator, self.temperature)
 
     @torch.no_grad()
     def act(self, observations, generator=None):

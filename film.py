@@ -145,7 +145,8 @@ class StateEncoder(nn.Module):
     What it looks at, per observation step, is 16 vectors: the block's 8 corners seen from the
     agent, and the same corners seen from where they should be in the end. Each is given twice,
     coarse and, through tanh, fine: because 2 px decide over success. That is 64 numbers a step;
-    an MLP follows. (The paper's encoders are two ResNet-18 on camera pictures.)
+    an MLP follows. (The paper's encoders are two ResNet-18 on camera pictures; they take each
+    observation step alone, as per_step does.)
 
     obs_steps: To. corners: (8, 2) px in the block's frame; goal: its pose (x, y px, angle rad) in
     the end. width, depth: of the MLP. per_step: encode each observation step alone (for tokens),

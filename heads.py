@@ -212,7 +212,7 @@ class Transformer(Backbone):
     as in the second version of the paper; in the first, FiLM acted on the MLP branch alone. The
     official class keeps its cross-attention where nothing calls it (2.1M parameters): not here.
     Position embeddings belong to the backbone and are frozen with it; the official code loads and
-    then trains them. Dropout also acts on the attention weights.
+    then trains them. Dropout also acts on the attention weights. Official horizon: 10, here 16.
     """
     name = "transformer"
 
@@ -360,6 +360,7 @@ def make_backbone(name, scale="laptop", action_dim=2, horizon=16, conditioning="
 # The lesson ---------------------------------------------------------------------------------------
 
 # Millions of parameters, backbone and conditioning, of the official modules that are ever called.
+# (The tokens' backbones without positions; with them, as counted here, 8.436 and 6.327.)
 PAPER = {"unet film": (244.06, 11.56), "mlp film": (4.78, 8.70),
          "transformer film": (6.85, 4.35), "transformer additive": (6.85, 2.18),
          "transformer adaln": (6.84, 4.35), "transformer adarms": (6.84, 4.35),

@@ -846,6 +846,25 @@ def load_demonstrations(path):
     return data
 
 
+def mirror(demonstrations, goal=GOAL):
+    """Demonstrations, and behind them their mirror images: twice as many episodes.
+
+    The mirror is the goal's own axis. Each goal in TASKS lies so that this maps the board onto
+    itself, too, so what was right stays right.
+    """
+    state, action, ends = (demonstrations[name] for name in ("state", "action", "episode_ends"))
+    middle, turn = goal[:2] @ [1, 1j], np.exp(2j * goal[2])
+
+    def reflect(points):
+        return as_floats(middle - turn * (points @ [1, 1j] - middle).conj())
+
+    images = [reflect(state[:, :2]), reflect(state[:, 2:4]), 2 * goal[2] - state[:, 4:]]
+    images = np.concatenate(images, 1, dtype=np.float32)
+    return {"state": np.concatenate([state, images]),
+            "action": np.concatenate([action, reflect(action).astype(np.float32)]),
+            "episode_ends": np.concatenate([ends, ends[-1] + ends])}
+
+
 class Game:
     """A window in which the mouse moves the agent at 10 Hz; adds the episodes to a file."""
 

@@ -54,18 +54,22 @@ LEAD = 2
 # `paper` is the paper's configuration; `laptop` trains a small network fast: a high
 # learning rate, two noise draws for each encoded observation, a random 4 of the 16 horizon steps.
 # (Where time steps mix, all 16 and one draw: still twice the work.) At such rates training is on
-# the edge: hence the clipped gradients and the small betas[1].
+# the edge: hence the clipped gradients and the small betas[1]. Demonstrations of a file are few,
+# and people disagree: mirror images double them, and the policy acts at a lower temperature.
 SETTINGS = {
     "laptop": dict(
-        batch_size=128, noise_samples=2, loss_steps=4, sampling_steps=10,
+        batch_size={"full": 128, "demos": 256}, noise_samples=2, loss_steps=4, sampling_steps=10,
+        mirror={"full": False, "demos": True}, temperature={"full": 1.0, "demos": 0.5},
         learning_rate=4e-3, warmup=100, betas=(0.9, 0.98), clip_norm=0.2, ema_decay=0.995,
-        stage1_steps=2500, steps={"full": 18000, "near": 8000},
+        stage1_steps=2500, steps={"full": 18000, "near": 8000, "demos": 12000},
         num_demos={"full": 2000, "near": 1500}, episodes=200,
         log_every=100, checkpoint_every=500, play_every=3000,     # multiples of log_every
         time={"full": "8 minutes on 2 cores in bf16, 10 in fp32, for DP-MLP; the others: twice",
+              "demos": "10 minutes on 2 cores in bf16, for DP-MLP; the others: twice",
               "near": "4 minutes on 2 cores in bf16, 5 in fp32, for DP-MLP; the others: twice"}),
     "paper": dict(
         batch_size=64, noise_samples=1, loss_steps=None, sampling_steps=None,
+        mirror=False, temperature=1.0,
         learning_rate=1e-4, warmup=500, betas=(0.95, 0.999), clip_norm=math.inf, ema_decay=0.9999,
         stage1_steps=45000, steps=83000,
         num_demos={"full": 2000, "near": 1500}, episodes=200,
@@ -110,7 +114,8 @@ def make_policy(conditioning, backbone, config):
         noise_samples, loss_steps = 1, None
     return DiffusionPolicy(conditioning, backbone, ACTION_SCALE, (0.0, sim_pusht.BOARD), OBS_STEPS,
                            config.executed_actions, config.sampling_steps,
-                           noise_samples=noise_samples, loss_steps=loss_steps)
+                           noise_samples=noise_samples, loss_steps=loss_steps,
+                           temperature=config.temperature)
 
 
 def make_action_head(config):
@@ -214,7 +219,8 @@ def kinematic_batches(demonstrations, config, device):
     """Stage 1: yields joint angles (B,T,N), end-effector positions (B,T,A), present position (B,A).
 
     Angles and positions are of the same instants, as in the paper: what the denoiser learns is
-    forward kinematics. Each window is new, made on the device and never stored.
+    forward kinematics. Each window is new, made on the device and never stored. The present lies
+    one frame before the first angles, so 1.8 px (RMS) of the target cannot be known.
     --pretrain-condition takes the positions themselves or nothing instead of the angles (section
     IV-D of v2), --pretrain-data another motion, or the agent's own in the demonstrations.
     """
@@ -237,7 +243,7 @@ def demonstration_batches(demonstrations, config, device):
     """Stage 2: yields states (B,To,5), actions (B,T,A), random windows of the demonstrations.
 
     A window starts one step before the present. Steps that are repeated at an episode's edges
-    count in the loss, as in the official code.
+    count in the loss, as in the official code; that drops windows with more than 7 of them.
     """
     states = on_device(demonstrations, "state", device)
     actions = on_device(demonstrations, "action", device)
@@ -285,7 +291,9 @@ def get_demonstrations(config):
     ends = demonstrations["episode_ends"][:config.num_demos]
     if config.num_demos and len(ends) < config.num_demos:
         raise ValueError(f"--num-demos {config.num_demos}, but {path} holds {len(ends)}")
-    return demonstrations | {"episode_ends": ends}     # frames beyond the last end are not used
+    chosen = {"state": demonstrations["state"][:ends[-1]],
+              "action": demonstrations["action"][:ends[-1]], "episode_ends": ends}
+    return sim_pusht.mirror(chosen, sim_pusht.TASKS[config.task][1]) if config.mirror else chosen
 
 
 # Evaluation --------------------------------------------------------------------------------------
@@ -575,7 +583,7 @@ def make_parser():
     flag("--stage1-steps", type=int, metavar="N", help="updates in stage 1; default 2500, paper "
          "45000")
     flag("--steps", type=int, metavar="N", help="updates in stage 2, or in normal training; "
-         "default 18000, near 8000, paper 83000")
+         "default 18000, near 8000, of a file 12000, paper 83000")
     flag("--learning-rate", type=float, metavar="X", help="the highest, after warm-up; default "
          "0.004, paper 0.0001")
     flag("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="default auto: bf16 "
@@ -636,7 +644,7 @@ def parse(arguments=None):
         file_decides = key == "num_demos" and config.demos
         if getattr(config, key, None) is None and not file_decides:
             if isinstance(value, dict):
-                value = value.get(config.task, value["full"])
+                value = value.get("demos" if config.demos else config.task, value["full"])
             setattr(config, key, value)
     return config, parser.error
 

@@ -421,6 +421,27 @@ def test_stage_2_begins_with_a_fresh_conditioning(flag, watch):
     assert torch.equal(fresh.observation_part.bias, expected.observation_part.bias)
 
 
+@pytest.mark.parametrize("conditioning", ["film", "cross-attention"])
+def test_keep_biases_keeps_what_does_not_depend_on_the_observation(conditioning, watch):
+    """Of modulations the bias, of tokens all but their embedding and position; all go on learning."""
+    _, stages = watch("--decoupled", "--keep-biases", "--conditioning", conditioning,
+                      "--backbone", "mlp" if conditioning == "film" else "transformer")
+    stage1, stage2 = stages["stage1"].after.conditioning, stages["stage2"]
+    equal, _ = same(stage1, stage2.before.conditioning)
+    assert equal == ({"observation_part.bias"} if conditioning == "film" else
+                     {"embed.bias", *(f"mlp.{layer}" for layer in stage1.mlp.state_dict())})
+    assert trainable(stage2.before.conditioning) == {True}
+    assert not same(stage2.before.conditioning, stage2.after.conditioning)[0] & equal
+
+
+@pytest.mark.parametrize("task", sim_pusht.TASKS)
+def test_a_policy_knows_the_goal_of_its_task(task, watch):
+    policy, _ = watch("--task", task)
+    goal = torch.tensor(sim_pusht.TASKS[task][1]).float()
+    corners = torch.tensor(sim_pusht.keypoints(goal)).float()
+    torch.testing.assert_close(policy.conditioning.encoder.goal_corners, corners)
+
+
 @pytest.mark.parametrize("flag, frozen", [("--decoupled", True), ("--random-backbone", True),
                                           ("--pretrained", False), (None, False)])
 def test_what_is_trained_in_stage_2(flag, frozen, watch):
@@ -463,7 +484,8 @@ def test_the_policies_have_the_settings_asked_for(backbone, watch):
     """A setting that train_policy does not hand on; a part of the horizon where steps mix."""
     _, stages = watch("--decoupled", "--backbone", backbone, "--executed-actions", "3")
     expected = dict(action_scale=SCALE, action_range=[0, 512], obs_steps=2, executed_actions=3,
-                    sampling_steps=10, relative=True, noise_samples=1, loss_steps=None)
+                    sampling_steps=10, relative=True, noise_samples=1, loss_steps=None,
+                    temperature=1.0)
     if backbone == "mlp":
         expected |= dict(noise_samples=2, loss_steps=4)
     for stage in stages.values():

@@ -110,7 +110,7 @@ def test_an_observation_is_encoded_once(name, mechanism):
 @pytest.mark.parametrize("sampling_steps", [None, 10])
 def test_act_equals_sampling_with_the_whole_network_at_every_step(sampling_steps):
     """Encoding the observation only once changes nothing."""
-    policy, seen = make_policy(sampling_steps=sampling_steps), observations(4)
+    policy, seen = make_policy(sampling_steps=sampling_steps, temperature=0.7), observations(4)
     given = policy.act(seen, torch.Generator().manual_seed(2))
 
     def denoiser(noisy_actions, timestep):
@@ -120,7 +120,7 @@ def test_act_equals_sampling_with_the_whole_network_at_every_step(sampling_steps
 
     with torch.no_grad():
         chunk = policy.ddpm.sample(denoiser, (4, 16, 2), sampling_steps,
-                                   torch.Generator().manual_seed(2))
+                                   torch.Generator().manual_seed(2), temperature=0.7)
     scale = torch.tensor(SCALE)[:, None]
     expected = (chunk * scale + seen[:, -1:, :2])[:, 1:9].clamp(0, 512)
     assert given.shape == (4, 8, 2)

@@ -429,13 +429,13 @@ def test_demonstrations_end_beyond_the_goal_and_repeat(task):
     assert data["state"].dtype == data["action"].dtype == np.float32
 
 
-@pytest.mark.parametrize("task", ["full", "near"])
+@pytest.mark.parametrize("task", ["full", "near", "away"])
 @pytest.mark.parametrize("seed", [0, 100_000])
 def test_demonstrations_start_in_no_scene_of_reset(task, seed):
     """The scenes of evaluation are PushT.reset(100_000 + i): no demonstration may show one."""
     data = sim_pusht.expert_demonstrations(8, task, seed)
     first = data["state"][np.concatenate([[0], data["episode_ends"][:-1]])]
-    for start in ("full", "near"):
+    for start in sim_pusht.TASKS:
         for base in (0, 100_000):
             scenes = PushT(500, start).reset(base)
             agents = np.abs(first[:, None, :2] - scenes[:, :2]).max(-1)
@@ -446,8 +446,9 @@ def test_demonstrations_start_in_no_scene_of_reset(task, seed):
 def test_demonstrations_do_not_draw_from_resets_stream(monkeypatch):
     """Were the generator seeded like a scene's, the first start would be that scene."""
     drawn = []
-    monkeypatch.setitem(sim_pusht.START, "full", lambda rng: drawn.append(rng.random()) or
-                        np.array([50.0, 50, 256, 256, 0.8]))
+    monkeypatch.setitem(sim_pusht.TASKS, "full", (
+        lambda rng, goal: drawn.append(rng.random()) or np.array([50.0, 50, 256, 256, 0.8]),
+        sim_pusht.GOAL))
     sim_pusht.expert_demonstrations(1, seed=7)
     first = drawn[1]  # the environment resets itself once when it is made
     assert first not in [np.random.default_rng(seed).random() for seed in range(20)]
