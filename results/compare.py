@@ -149,12 +149,15 @@ PRESETS = {
         away, head of near's paths     | --task away --steps 10000 MLP NEAR                           | -
         away, head of full's paths     | --task away --steps 10000 MLP FULL                           | -
         away, random head              | --task away --steps 10000 MLP --random-backbone              | -
-        human, normal                  | --task full --steps 10000 MLP HUMAN                          | -
-        human, head of free arm motion | --task full --steps 10000 MLP HUMAN ARM                      | -
-        human, head of near's paths    | --task full --steps 10000 MLP HUMAN NEAR                     | -
-        human, head of full's paths    | --task full --steps 10000 MLP HUMAN FULL                     | -
-        human, random head             | --task full --steps 10000 MLP HUMAN --random-backbone        | -
+        human, normal                  | --task full MLP HUMAN                          | -
+        human, head of free arm motion | --task full MLP HUMAN ARM                      | -
+        human, head of near's paths    | --task full MLP HUMAN NEAR                     | -
+        human, head of full's paths    | --task full MLP HUMAN FULL                     | -
+        human, random head             | --task full MLP HUMAN --random-backbone        | -
         """, task=""),
+    "human": Preset("What do human demonstrations take?", """
+        206 human demonstrations, DP-MLP | MLP HUMAN | - | -
+        """, ("normal", "decoupled"), task="full", seeds=3),
     "observation": Preset("What must the policy see?", """
         relative corners, two scales        | history                                   | -
         gym-pusht's keypoints               | history                                   | -
@@ -267,7 +270,7 @@ def main():
     parser.error = lambda message: parser.exit(2, f"compare: {message} (--help tells more)\n")
     flag = parser.add_argument
     flag("preset", nargs="?", choices=PRESETS)
-    flag("--seeds", type=int, help="default 3 for main and recipes, 2 for the others")
+    flag("--seeds", type=int, help="default 3 for main, recipes, human, 2 for the others")
     flag("--out", type=Path, default=HERE, help="where table and figure go; default results/")
     flag("--list", action="store_true", help="print the missing runs' commands")
     flag("--collect", action="store_true", help="run nothing")

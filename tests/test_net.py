@@ -535,9 +535,11 @@ def test_num_demos_takes_the_first_episodes_of_a_file(tmp_path):
     config, _ = train.parse(["--demos", str(tmp_path / "demos.npz"), "--num-demos", "1"])
     taken = train.get_demonstrations(config)
     states, _ = next(train.demonstration_batches(taken, config, torch.device("cpu")))
-    first = torch.tensor(demonstrations()["state"][:25]).float()
-    assert taken["episode_ends"].tolist() == [25]
-    assert (states[:, 1, None] == first).all(-1).any(-1).all()     # the present, of each sample
+    first = np.float32(demonstrations()["state"][:25])
+    assert taken["episode_ends"].tolist() == [25, 50]              # the second in the mirror
+    np.testing.assert_array_equal(taken["state"][:25], first)
+    chosen = torch.tensor(taken["state"])
+    assert (states[:, 1, None] == chosen).all(-1).any(-1).all()    # the present, of each sample
 
 
 # The command line --------------------------------------------------------------------------------

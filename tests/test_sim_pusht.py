@@ -455,11 +455,58 @@ def test_demonstrations_do_not_draw_from_resets_stream(monkeypatch):
 
 
 def test_the_expert_succeeds():
-    for task in ("full", "near"):
+    for task in sim_pusht.TASKS:
         env = PushT(20, task)
         env.reset(0)
-        result = sim_pusht.play(env, lambda past: sim_pusht.expert_action(past[:, -1])[:, None])
-        assert (result["max_coverage"] > 0.95).all()
+        result = sim_pusht.play(
+            env, lambda past: sim_pusht.expert_action(past[:, -1], env.goal)[:, None])
+        assert (result["max_coverage"] > 0.95).mean() >= (0.95 if task == "away" else 1)
+
+
+@pytest.mark.parametrize("task", sim_pusht.TASKS)
+def test_a_mirror_image_is_as_right_as_its_original(task):
+    """Both are played, from start and actions: one ends in the mirror image of the other's end."""
+    goal = sim_pusht.TASKS[task][1]
+    data = sim_pusht.expert_demonstrations(6, task, seed=0)
+    both = sim_pusht.mirror(data, goal)
+    number, ends = len(data["state"]), data["episode_ends"]
+    assert both["episode_ends"].tolist() == [*ends, *(ends + number)]
+    assert all(both[name].dtype == np.float32 and np.array_equal(both[name][:number], data[name])
+               for name in ("state", "action"))
+    coverage = sim_pusht.block_coverage(both["state"][:, 2:], goal).reshape(2, -1)
+    np.testing.assert_allclose(coverage[0], coverage[1], atol=1e-4)
+    last = both["episode_ends"] - 1
+    first = np.concatenate([[0], last[:-1] + 1])
+    env = PushT(12, task)
+    env.set_state(both["state"][first])
+    for step in range(40):
+        state = env.step(both["action"][np.minimum(first + step, last)])[0]
+    again = sim_pusht.mirror(dict(state=state[:6], action=state[:6, :2], episode_ends=np.array([6])), goal)
+    np.testing.assert_allclose(again["state"][6:, :4], state[6:, :4], atol=0.01)
+    turn = np.exp(1j * again["state"][6:, 4]) / np.exp(1j * state[6:, 4])
+    np.testing.assert_allclose(turn, 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", sim_pusht.TASKS)
+def test_everything_that_knows_the_goal_is_told_the_tasks(task):
+    """Reward, picture and expert; and starts close to it are within the walls."""
+    goal = sim_pusht.TASKS[task][1]
+    env = PushT(1, task)
+    env.set_state([[50, 50, *goal]])
+    assert env.coverage() == pytest.approx(1)
+    assert env.step([[50, 50]])[1] == 1
+    env.set_state([[50, 50, 60, 256, 0]])
+    x, y = sim_pusht.keypoints(goal)[4:].mean(0)          # the middle of the stem
+    np.testing.assert_array_equal(env.render(512)[0, int(y), int(x)], sim_pusht.COLORS["goal"])
+    near = np.array([sim_pusht.start_near(np.random.default_rng(seed), goal) for seed in range(200)])
+    assert np.abs(sim_pusht.keypoints(near[:, 2:]) - 255.5).max() <= 248.5
+    assert np.linalg.norm(near[:, 2:4] - goal[:2], axis=1).max() <= 60
+
+
+def test_the_task_away_is_far_turned_and_at_a_wall():
+    goal, other = sim_pusht.GOAL, sim_pusht.AWAY
+    assert np.linalg.norm(goal[:2] - other[:2]) > 200 and np.pi / 2 < other[2] - goal[2] < np.pi
+    assert 30 < 504 - sim_pusht.keypoints(other)[:, 1].max() < 60      # the agent's disc fits in
 
 
 # Picture ------------------------------------------------------------------------------------------

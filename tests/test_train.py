@@ -159,6 +159,81 @@ def test_the_demonstrations_own_motion_is_the_agents_path(demos):
         assert torch.equal(window, agents[expected])
 
 
+# One action head ---------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def head(demos, tmp_path_factory):
+    """The file that stage 1 of a run leaves."""
+    folder = tmp_path_factory.mktemp("head") / "run"
+    run_main(*tiny(demos, folder, "--decoupled"))
+    return folder / "action_head.pt"
+
+
+def backbone_of(folder):
+    return DiffusionPolicy.load(folder / "policy.pt").backbone.state_dict()
+
+
+def test_policies_made_from_one_file_hold_its_backbone(head, demos, tmp_path):
+    """Bit for bit: that of the run that made it, and those of two other tasks."""
+    weights = torch.load(head, weights_only=True)["weights"]
+    backbones = [backbone_of(head.parent)]
+    for task in ("near", "away"):
+        summary = run_main(*tiny(demos, tmp_path / task, "--decoupled", "--task", task,
+                                 "--action-head", head, "--seed", 3))
+        assert "stage1" not in summary["seconds"] and summary["parameters"]["frozen"] > 0
+        assert not (tmp_path / task / "action_head.pt").exists()
+        backbones.append(backbone_of(tmp_path / task))
+    assert all(torch.equal(value, backbone[name])
+               for backbone in backbones for name, value in weights.items())
+    run_main(*tiny(demos, tmp_path / "pretrained", "--pretrained", "--action-head", head))
+    learned = backbone_of(tmp_path / "pretrained")
+    assert not any(torch.equal(value, learned[name]) for name, value in weights.items())
+
+
+def test_stage_1_may_end_just_before_its_file_is_written(head, demos, tmp_path, monkeypatch):
+    def save(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--resume"):
+        patch.setattr(train, "save_action_head", save)
+        run_main(*tiny(demos, tmp_path / "run", "--decoupled"))
+    run_main(*tiny(demos, tmp_path / "run", "--decoupled", "--resume"))
+    weights = torch.load(head, weights_only=True)["weights"]
+    again = torch.load(tmp_path / "run" / "action_head.pt", weights_only=True)["weights"]
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+
+
+def test_an_action_head_that_cannot_be_used_is_refused(head, capsys, demos, tmp_path):
+    """Missing, damaged, foreign, too new, of another backbone or horizon; a recipe without use."""
+    good = torch.load(head, weights_only=True)
+    (tmp_path / "cut.pt").write_bytes(head.read_bytes()[:5000])
+    others = {"future": dict(format=99), "hole": dict(weights={}), "list": dict(action_head=[]),
+              "short": dict(action_head=good["action_head"] | {"horizon": 10})}
+    for name, entries in others.items():
+        torch.save(good | entries, tmp_path / f"{name}.pt")
+    out = tmp_path / "run"
+
+    def line(file, *flags):
+        return refused(capsys, *tiny(demos, out, "--action-head", file, *flags))
+
+    assert "no action head file" in line(tmp_path / "nowhere.pt", "--decoupled")
+    assert "cut.pt is not a readable" in line(tmp_path / "cut.pt", "--decoupled")
+    assert "policy.pt holds no action head" in line(head.with_name("policy.pt"), "--decoupled")
+    assert "99" in line(tmp_path / "future.pt", "--decoupled")
+    for name in ("hole", "list"):
+        assert f"{name}.pt does not fit" in line(tmp_path / f"{name}.pt", "--decoupled")
+    assert "horizon 10, not 16" in line(tmp_path / "short.pt", "--decoupled")
+    assert "width 128, not 64" in line(head, "--decoupled", "--width", 64)
+    assert "name mlp, not unet" in line(head, "--pretrained", "--backbone", "unet")
+    assert "width 128, not 256" in line(head, "--decoupled", "--scale", "paper")
+    assert "conditioning film, not adaln" in line(head, "--decoupled", "--conditioning", "adaln")
+    for flags in ((), ("--random-backbone",)):
+        assert "means nothing without --decoupled" in line(head, *flags)
+    for flags in (("--keep-biases",), ("--pretrain-data", "fast")):
+        assert "means nothing with --action-head" in line(head, "--decoupled", *flags)
+    assert not out.exists()
+
+
 # The windows -------------------------------------------------------------------------------------
 
 def test_windows_stay_in_their_episode_and_start_one_step_before_the_present():
