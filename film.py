@@ -270,7 +270,7 @@ class Conditioning(nn.Module):
         self.time_part = nn.Linear(time_dim, sum(self.sizes), bias=False)
         # A fresh pathway starts near the identity: the identity's values as bias plus a small
         # observation-dependent part. (Official code: FiLM's gamma starts near 0, not 1, and in
-        # stage 2 the biases of stage 1 stay in place unmentioned: see keep_biases.)
+        # stage 2 the biases of stage 1 stay in place unmentioned: train.py's --keep-biases.)
         values = torch.tensor(mechanism.identity).float()
         with torch.no_grad():
             for bias, width in zip(self.observation_part.bias.split(self.sizes), widths):
@@ -278,10 +278,6 @@ class Conditioning(nn.Module):
             if mechanism.starts_closed:
                 self.observation_part.weight.zero_()
                 self.time_part.weight.zero_()
-
-    def keep_biases(self, stage1):
-        """Start from the mean modulation that a pathway of stage 1 has learned (a control)."""
-        self.observation_part.bias = stage1.observation_part.bias
 
     def encode(self, observations):
         """Phi: observations (B, ...) -> o (B, O)."""
@@ -324,10 +320,6 @@ class TokenConditioning(nn.Module):
         for linear in (self.embed, self.mlp[0], self.mlp[2]):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-
-    def keep_biases(self, stage1):
-        """Start from all that does not depend on what is observed: 93 % of what F has to learn."""
-        self.mlp, self.embed.bias = stage1.mlp, stage1.embed.bias
 
     def encode(self, observations):
         """Phi: observations (B, ...) -> o (B, steps, size)."""

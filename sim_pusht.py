@@ -76,11 +76,6 @@ def from_legacy(pose):
     return pose
 
 
-def to_legacy(pose):
-    """What gym-pusht's `reset_to_state` must be given to lead to a pose; (..., 3)."""
-    return 2 * np.asarray(pose, float) - from_legacy(pose)
-
-
 def crossing(start, way, low, high):
     """The two times when start + time * way crosses low and high, the earlier first; all real."""
     way = np.where(np.abs(way) < 1e-300, 1e-300, way)
@@ -850,9 +845,10 @@ def mirror(demonstrations, goal=GOAL):
     """Demonstrations, and behind them their mirror images: twice as many episodes.
 
     The mirror is the goal's own axis. Each goal in TASKS lies so that this maps the board onto
-    itself, too, so what was right stays right.
+    itself, too (the walls to 1 px), so what was right stays right.
     """
-    state, action, ends = (demonstrations[name] for name in ("state", "action", "episode_ends"))
+    ends = demonstrations["episode_ends"]
+    state, action = (demonstrations[name][:ends[-1]] for name in ("state", "action"))
     middle, turn = goal[:2] @ [1, 1j], np.exp(2j * goal[2])
 
     def reflect(points):

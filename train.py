@@ -50,6 +50,7 @@ ACTION_SCALE = [30 + 12 * step for step in range(HORIZON)]
 # PushT's agent trails its target by damping / stiffness = 0.2 s, two control steps. Stage 1 gives
 # the arm's path the same lead over the present position.
 LEAD = 2
+FORMAT = {"format": DiffusionPolicy.FILE_FORMAT}     # part of every file
 
 # `paper` is the paper's configuration; `laptop` trains a small network fast: a high
 # learning rate, two noise draws for each encoded observation, a random 4 of the 16 horizon steps.
@@ -65,7 +66,6 @@ SETTINGS = {
         num_demos={"full": 2000, "near": 1500}, episodes=200,
         log_every=100, checkpoint_every=500, play_every=3000,     # multiples of log_every
         time={"full": "8 minutes on 2 cores in bf16, 10 in fp32, for DP-MLP; the others: twice",
-              "demos": "10 minutes on 2 cores in bf16, for DP-MLP; the others: twice",
               "near": "4 minutes on 2 cores in bf16, 5 in fp32, for DP-MLP; the others: twice"}),
     "paper": dict(
         batch_size=64, noise_samples=1, loss_steps=None, sampling_steps=None,
@@ -97,8 +97,10 @@ def train_policy(config, run, demonstrations, device):
     _, goal = sim_pusht.TASKS[config.task]
     conditioning = make_conditioning(backbone, "state", obs_steps=OBS_STEPS,
                                      corners=sim_pusht.KEYPOINTS.tolist(), goal=goal.tolist())
-    if config.keep_biases and stage1:
-        conditioning.keep_biases(stage1)
+    if config.keep_biases and stage1:     # a control, the official code: the mean modulation, and
+        kept = "observation_part.bias", "embed.bias", "mlp."     # what makes tokens of embeddings
+        conditioning.load_state_dict({name: weight for name, weight in stage1.state_dict().items()
+                                      if name.startswith(kept)}, strict=False)
     policy = make_policy(conditioning, backbone, config).to(device)
     trained = policy
     if config.recipe in ("decoupled", "random-frozen"):
@@ -128,31 +130,25 @@ def make_action_head(config):
     path = config.action_head
     if path is None:
         return backbone
-    saved = load_file(path, "action head")
-    if not isinstance(saved, dict) or "action_head" not in saved:
-        raise ValueError(f"{path} holds no action head; stage 1 writes action_head.pt")
-    holds, version = saved["action_head"], saved.get("format")
-    if version != DiffusionPolicy.FILE_FORMAT:
-        raise ValueError(f"{path} has action head format {version}, this code reads "
-                         f"{DiffusionPolicy.FILE_FORMAT}")
+    saved, asked = load_file(path, "action head"), backbone.config | FORMAT
     try:
-        other = [f"{key} {holds.get(key)}, not {asked}" for key, asked in backbone.config.items()
-                 if holds.get(key) != asked]
+        holds = saved["action_head"]
+        other = [f"{key} {holds.get(key)}, not {asked[key]}" for key in asked
+                 if holds.get(key) != asked[key]]
         if not other:
             backbone.load_state_dict(saved["weights"], assign=True)
     except Exception as error:     # anything can be wrong in a file
-        raise ValueError(f"{path} does not fit this code ({error!r:.80})") from None
+        raise ValueError(f"{path} is no action_head.pt of this code ({error!r:.80})") from None
     if other:
-        raise ValueError(f"{path} holds another backbone than the flags ask for: {'; '.join(other)}")
+        raise ValueError(f"{path} holds another action head than asked for: {'; '.join(other)}")
     return backbone
 
 
 def save_action_head(backbone, config, path):
-    """Write what stage 1 has made, for runs of any task: see --action-head."""
-    saved = dict(format=DiffusionPolicy.FILE_FORMAT, action_head=backbone.config,
-                 weights=backbone.state_dict(), command=config.command, commit=code_version())
+    """Write what stage 1 has made, and by which command, for runs of any task: --action-head."""
     with whole(path) as unfinished:
-        torch.save(saved, unfinished)
+        torch.save(dict(action_head=backbone.config | FORMAT, weights=backbone.state_dict(),
+                        command=config.command, commit=code_version()), unfinished)
 
 
 def freeze(backbone):
@@ -291,9 +287,9 @@ def get_demonstrations(config):
     ends = demonstrations["episode_ends"][:config.num_demos]
     if config.num_demos and len(ends) < config.num_demos:
         raise ValueError(f"--num-demos {config.num_demos}, but {path} holds {len(ends)}")
-    chosen = {"state": demonstrations["state"][:ends[-1]],
-              "action": demonstrations["action"][:ends[-1]], "episode_ends": ends}
-    return sim_pusht.mirror(chosen, sim_pusht.TASKS[config.task][1]) if config.mirror else chosen
+    demonstrations["episode_ends"] = ends     # frames beyond the last are not used
+    _, goal = sim_pusht.TASKS[config.task]
+    return sim_pusht.mirror(demonstrations, goal) if config.mirror else demonstrations
 
 
 # Evaluation --------------------------------------------------------------------------------------
@@ -371,8 +367,7 @@ class Run:
         self.seconds, self.rows, self.losses = {}, [], []
         self.folder = config.out or default_folder(config)
         settings = {key: value for key, value in vars(config).items() if key not in self.MAY_DIFFER}
-        settings["format"] = DiffusionPolicy.FILE_FORMAT
-        text = json.dumps(settings, indent=1, default=str)
+        text = json.dumps(settings | FORMAT, indent=1, default=str)
         if config.resume:
             self.load(json.loads(text))
             return
@@ -549,8 +544,8 @@ def make_parser():
     flag("--conditioning", default="film", choices=MECHANISMS, help="how the backbone takes its "
          "condition; default film, the paper's")
     recipe("--decoupled", dest="recipe", action="store_const", const="decoupled", default="normal",
-           help="pretrain the backbone on free kinematic data, freeze it, train the conditioning; "
-           "default: normal, train everything at once, on demonstrations")
+           help="pretrain the backbone on free data, freeze it, train the conditioning; "
+           "default: normal, everything at once on demonstrations")
     recipe("--random-backbone", dest="recipe", action="store_const", const="random-frozen",
            help="control: freeze a backbone that learned nothing; default: normal")
     recipe("--pretrained", dest="recipe", action="store_const", const="pretrained",
@@ -558,8 +553,7 @@ def make_parser():
     flag("--task", default="full", choices=sim_pusht.TASKS, help="the benchmark; the quick lesson, "
          "block within 60 px and 0.75 rad of the goal; or another goal, far away; default full")
     flag("--seed", type=int, default=0, help="of initialisation and batches; default 0")
-    flag("--smoke", action="store_true", help="all of it once in under a minute, without success; "
-         "default: off")
+    flag("--smoke", action="store_true", help="all of it once, in a minute; default: off")
 
     flag = parser.add_argument_group("stage 1").add_argument
     flag("--action-head", type=Path, metavar="FILE", help="take the backbone from the "
@@ -569,8 +563,7 @@ def make_parser():
     flag("--pretrain-condition", default="joints", choices=["joints", "pose", "none"], help="what "
          "the denoiser is conditioned on; default joints, the paper's")
     flag("--pretrain-data", default="arm", choices=[*MOTIONS, "demonstrations"], help="the motion: "
-         "of kinematics.py, with too fast or too smooth statistics, or the agent's own in the "
-         "demonstrations; default arm")
+         "free, too fast, too smooth, or the agent's own in the demonstrations; default arm")
 
     flag = parser.add_argument_group("size and training (paper: with --scale paper)").add_argument
     flag("--scale", default="laptop", choices=SETTINGS, help="small and fast, or the paper's sizes "
@@ -580,22 +573,18 @@ def make_parser():
          "episode_ends); default: the scripted expert's")
     flag("--num-demos", type=int, metavar="N", help="how many demonstrations; default 2000, near "
          "1500, of a file all")
-    flag("--stage1-steps", type=int, metavar="N", help="updates in stage 1; default 2500, paper "
-         "45000")
+    flag("--stage1-steps", type=int, metavar="N", help="updates; default 2500, paper 45000")
     flag("--steps", type=int, metavar="N", help="updates in stage 2, or in normal training; "
          "default 18000, near 8000, of a file 12000, paper 83000")
-    flag("--learning-rate", type=float, metavar="X", help="the highest, after warm-up; default "
-         "0.004, paper 0.0001")
+    flag("--learning-rate", type=float, metavar="X", help="highest; default 0.004, paper 0.0001")
     flag("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="default auto: bf16 "
          "where it is faster (a GPU that has it; DP-MLP, DP-C on a CPU with AVX512-BF16), else fp32")
-    flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default auto: cuda "
-         "where there is one")
+    flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default auto: cuda if any")
 
     flag = parser.add_argument_group("evaluation and files").add_argument
     flag("--episodes", type=int, metavar="N", help="evaluation scenes; default 200")
     flag("--executed-actions", type=int, choices=range(1, HORIZON - OBS_STEPS + 2), default=8,
-         metavar="N", help="how many actions of each chunk of 16 are carried out; default 8, the "
-         "paper's")
+         metavar="N", help="how many actions of each chunk of 16 are carried out; default 8")
     flag("--evaluate", metavar="POLICY", type=Path, help="train nothing, score this policy.pt (see "
          "--task, --episodes, --executed-actions); default: train")
     flag("--out", type=Path, metavar="FOLDER", help="the run's folder; default runs/<what "
@@ -650,10 +639,7 @@ def parse(arguments=None):
 
 
 def has_fast_bf16(device, backbone):
-    """Does bfloat16 make training faster? On a CPU the transformer's attention gets slower by it.
-
-    The paper trains in fp32: --precision fp32.
-    """
+    """Does bfloat16 make training faster? On a CPU the transformer's attention gets slower by it."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
     # PyTorch has no public name for it, an older one none at all: then bool(), which is False.

@@ -42,7 +42,7 @@ def simulator(options):
     89 pushes that touch no wall; "all": with the 11 that squeeze the block against a wall. One
     environment plays every few pushes; larger batches play each about equally often.
     """
-    from sim_pusht import PushT, to_legacy
+    from sim_pusht import PushT, from_legacy
     pushes = dict(np.load(DATA / "gym_pusht_pushes.npz"))
     everything = np.arange(len(pushes["init"]))
     free = np.flatnonzero(~pushes["wall"].any(1))
@@ -69,7 +69,7 @@ def simulator(options):
         env, rates = env.unwrapped, []
         for push in which:
             state = pushes["init"][push].copy()
-            state[2:] = to_legacy(state[2:])
+            state[2:] = 2 * state[2:] - from_legacy(state[2:])     # leads to this state
             actions = pushes["actions"][push, :steps]
             rates.append(best_rate(lambda: env.reset(options={"reset_to_state": state}),
                                    lambda: [env.step(action) for action in actions],

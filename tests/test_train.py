@@ -207,7 +207,8 @@ def test_an_action_head_that_cannot_be_used_is_refused(head, capsys, demos, tmp_
     """Missing, damaged, foreign, too new, of another backbone or horizon; a recipe without use."""
     good = torch.load(head, weights_only=True)
     (tmp_path / "cut.pt").write_bytes(head.read_bytes()[:5000])
-    others = {"future": dict(format=99), "hole": dict(weights={}), "list": dict(action_head=[]),
+    others = {"hole": dict(weights={}), "list": dict(action_head=[]),
+              "future": dict(action_head=good["action_head"] | {"format": 99}),
               "short": dict(action_head=good["action_head"] | {"horizon": 10})}
     for name, entries in others.items():
         torch.save(good | entries, tmp_path / f"{name}.pt")
@@ -218,10 +219,10 @@ def test_an_action_head_that_cannot_be_used_is_refused(head, capsys, demos, tmp_
 
     assert "no action head file" in line(tmp_path / "nowhere.pt", "--decoupled")
     assert "cut.pt is not a readable" in line(tmp_path / "cut.pt", "--decoupled")
-    assert "policy.pt holds no action head" in line(head.with_name("policy.pt"), "--decoupled")
-    assert "99" in line(tmp_path / "future.pt", "--decoupled")
+    assert "policy.pt is no action_head.pt" in line(head.with_name("policy.pt"), "--decoupled")
+    assert "format 99, not 2" in line(tmp_path / "future.pt", "--decoupled")
     for name in ("hole", "list"):
-        assert f"{name}.pt does not fit" in line(tmp_path / f"{name}.pt", "--decoupled")
+        assert f"{name}.pt is no action_head.pt" in line(tmp_path / f"{name}.pt", "--decoupled")
     assert "horizon 10, not 16" in line(tmp_path / "short.pt", "--decoupled")
     assert "width 128, not 64" in line(head, "--decoupled", "--width", 64)
     assert "name mlp, not unet" in line(head, "--pretrained", "--backbone", "unet")
