@@ -683,7 +683,13 @@ def evaluate_file(config, policy):
 def set_up(config):
     """The run and its demonstrations, or --evaluate's policy: here all bad input is found."""
     if config.evaluate:
-        return [DiffusionPolicy.load(config.evaluate, config.device)]
+        policy = DiffusionPolicy.load(config.evaluate, config.device)
+        _, goal = sim_pusht.TASKS[config.task]
+        own = policy.conditioning.encoder.config.get("goal")
+        if own != goal.tolist():
+            raise ValueError(f"{config.evaluate} pursues the goal {own}; --task {config.task} has "
+                             f"{goal.tolist()}")
+        return [policy]
     with torch.device("meta"):     # refuses an impossible one
         make_action_head(config)
     run = Run(config)     # first: interrupted from here on, the run can be resumed

@@ -312,6 +312,8 @@ def test_evaluate_scores_the_saved_policy(smoke, capsys):
                        "--executed-actions", 4, "--device", "cpu")
     assert summary["executed_actions"] == 4 and summary["episodes"] == 3
     assert "success" in capsys.readouterr().out
+    line = refused(capsys, "--evaluate", smoke[0] / "policy.pt", "--task", "away")
+    assert "policy.pt pursues the goal [256.0, 256.0" in line and "[256.0, 460.0" in line
 
 
 def test_same_seed_same_numbers_and_resuming_changes_none(demos, tmp_path, monkeypatch):
