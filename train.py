@@ -685,7 +685,7 @@ def set_up(config):
     if config.evaluate:
         policy = DiffusionPolicy.load(config.evaluate, config.device)
         _, goal = sim_pusht.TASKS[config.task]
-        own = policy.conditioning.encoder.config.get("goal")
+        own = policy.conditioning.encoder.config.get("goal", goal.tolist())
         if own != goal.tolist():
             raise ValueError(f"{config.evaluate} pursues the goal {own}; --task {config.task} has "
                              f"{goal.tolist()}")
