@@ -50,7 +50,7 @@ ACTION_SCALE = [30 + 12 * step for step in range(HORIZON)]
 # PushT's agent trails its target by damping / stiffness = 0.2 s, two control steps. Stage 1 gives
 # the arm's path the same lead over the present position.
 LEAD = 2
-FORMAT = {"format": DiffusionPolicy.FILE_FORMAT}     # part of every file
+FORMAT = {"format": DiffusionPolicy.FILE_FORMAT}     # of config.json and action_head.pt
 
 # `paper` is the paper's configuration; `laptop` trains a small network fast: a high
 # learning rate, two noise draws for each encoded observation, a random 4 of the 16 horizon steps.
@@ -97,8 +97,9 @@ def train_policy(config, run, demonstrations, device):
     _, goal = sim_pusht.TASKS[config.task]
     conditioning = make_conditioning(backbone, "state", obs_steps=OBS_STEPS,
                                      corners=sim_pusht.KEYPOINTS.tolist(), goal=goal.tolist())
-    if config.keep_biases and stage1:     # a control, the official code: the mean modulation, and
-        kept = "observation_part.bias", "embed.bias", "mlp."     # what makes tokens of embeddings
+    if config.keep_biases and stage1:
+        # A control, as in the official code: the mean modulation stays, and of tokens the MLP.
+        kept = "observation_part.bias", "embed.bias", "mlp."
         conditioning.load_state_dict({name: weight for name, weight in stage1.state_dict().items()
                                       if name.startswith(kept)}, strict=False)
     policy = make_policy(conditioning, backbone, config).to(device)

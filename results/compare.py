@@ -44,11 +44,11 @@ HEADS = {
     "LONG": "--backbone transformer --stage1-steps 2500 --steps 8000 --conditioning",
 }
 # What the rows of `sharing` take from other rows' runs, of the same seed, and from elsewhere.
-HEAD = "--decoupled --action-head runs/compare/{}-seed{{seed}}/action_head.pt"
+HEAD_OF_RUN = "--decoupled --action-head runs/compare/{}-seed{{seed}}/action_head.pt"
 FILES = {
-    "ARM": HEAD.format("near-mlp-decoupled"),
-    "NEAR": HEAD.format("near-mlp-decoupled-pretrain-data-demonstrations"),
-    "FULL": HEAD.format("full-mlp-decoupled-pretrain-data-demonstrations"),
+    "ARM": HEAD_OF_RUN.format("near-mlp-decoupled"),
+    "NEAR": HEAD_OF_RUN.format("near-mlp-decoupled-pretrain-data-demonstrations"),
+    "FULL": HEAD_OF_RUN.format("full-mlp-decoupled-pretrain-data-demonstrations"),
     "HUMAN": "--demos runs/human/demonstrations.npz",     # the README tells where they come from
 }
 

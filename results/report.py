@@ -27,9 +27,9 @@ def read_run(folder):
     """A run's cell, but for the label. OSError, ValueError, KeyError if the folder holds none."""
     config = read(folder / "config.json")
     settings = {key: config[key] for key in KIND}
-    if config["keep_biases"]:
+    if config.get("keep_biases"):     # runs of older code do not have it
         settings["keep_biases"] = True
-    if config["action_head"]:     # made by which run, whatever its seed
+    if config.get("action_head"):     # made by which run, whatever its seed
         settings["action_head"] = re.sub(r"-seed\d+", "", Path(config["action_head"]).parent.name)
     return read(folder / "summary.json") | {"settings": settings, "curve": read_curve(folder)}
 
