@@ -185,7 +185,7 @@ def fit(stage, policy, trained, batches, config, run):
         optimizer.step()
         schedule.step()
         average.update_parameters(trained)
-        run.record(loss)
+        run.losses.append(loss.detach())
     trained.load_state_dict(average.module.state_dict())
 
 
@@ -224,7 +224,7 @@ def kinematic_batches(demonstrations, config, device):
     own_motion = config.pretrain_data == "demonstrations"
     arm = PlanarArm(motion=MOTIONS["arm" if own_motion else config.pretrain_data])
     if own_motion:
-        agents = on_device(demonstrations, "state", device)[:, :2]
+        agents = torch.as_tensor(demonstrations["state"][:, :2], dtype=torch.float32, device=device)
         window = windows(demonstrations, 0, HORIZON + LEAD, device)
     while True:
         if own_motion:
@@ -242,16 +242,12 @@ def demonstration_batches(demonstrations, config, device):
     A window starts one step before the present. Steps that are repeated at an episode's edges
     count in the loss, as in the official code; that drops windows with more than 7 of them.
     """
-    states = on_device(demonstrations, "state", device)
-    actions = on_device(demonstrations, "action", device)
+    states, actions = (torch.as_tensor(demonstrations[name], dtype=torch.float32, device=device)
+                       for name in ("state", "action"))
     window = windows(demonstrations, 1 - OBS_STEPS, HORIZON, device)
     while True:
         chosen = draw(window, config.batch_size)
         yield states[chosen[:, :OBS_STEPS]], actions[chosen]
-
-
-def on_device(demonstrations, key, device):
-    return torch.as_tensor(demonstrations[key], dtype=torch.float32, device=device)
 
 
 def draw(window, batch_size):
@@ -430,9 +426,6 @@ class Run:
                 self.log(stage, step, loss, schedule.get_last_lr()[0], success)
             if step % config.checkpoint_every == 0 or step == steps:
                 self.checkpoint(stage, step, parts)
-
-    def record(self, loss):
-        self.losses.append(loss.detach())
 
     def mean_loss(self, stage, step, average):
         """The mean since the last call; ArithmeticError if it, or a weight, is no number."""

@@ -496,7 +496,8 @@ def test_everything_that_knows_the_goal_is_told_the_tasks(task):
     assert env.step([[50, 50]])[1] == 1
     env.set_state([[50, 50, 60, 256, 0]])
     x, y = sim_pusht.keypoints(goal)[4:].mean(0)          # the middle of the stem
-    np.testing.assert_array_equal(env.render(512)[0, int(y), int(x)], sim_pusht.COLORS["goal"])
+    color = sim_pusht.COLORS[sim_pusht.TARGET]
+    np.testing.assert_array_equal(env.render(512)[0, int(y), int(x)], color)
     near = np.array([sim_pusht.start_near(np.random.default_rng(seed), goal) for seed in range(200)])
     assert np.abs(sim_pusht.keypoints(near[:, 2:]) - 255.5).max() <= 248.5
     assert np.linalg.norm(near[:, 2:4] - goal[:2], axis=1).max() <= 60

@@ -46,11 +46,10 @@ def tiny(demos, out, *more):
 class NoRun:
     """Stands in for train.Run, with the file system out of the way."""
 
+    losses = []
+
     def updates(self, stage, steps, *parts):
         return range(steps)
-
-    def record(self, loss):
-        pass
 
 
 def fitted(policy, trained, batch, steps=4):
