@@ -164,20 +164,21 @@ class DiffusionPolicy(nn.Module):
     loss_steps: horizon steps per noise draw in `loss`, None for all T. Less is for backbones that
     do not mix time steps: there a random subset has the same gradient in expectation.
     temperature: of the noise in `act`, see DDPM.sample; the paper's is 1.
+    corner_weight: in `loss`, of what an encoder of pixels gets wrong; the paper has no such term.
     Raises ValueError for settings that do not fit each other.
     """
     FILE_FORMAT = 2
 
     def __init__(self, conditioning, backbone, action_scale, action_range, obs_steps=2,
                  executed_actions=8, sampling_steps=10, relative=True, noise_samples=1,
-                 loss_steps=None, temperature=1.0):
+                 loss_steps=None, temperature=1.0, corner_weight=0.0):
         super().__init__()
         action_scale = list(map(float, action_scale))     # a file must not hold arrays
         self.config = dict(action_scale=action_scale, action_range=list(map(float, action_range)),
                            obs_steps=obs_steps, executed_actions=executed_actions,
                            sampling_steps=sampling_steps, relative=relative,
                            noise_samples=noise_samples, loss_steps=loss_steps,
-                           temperature=temperature)
+                           temperature=temperature, corner_weight=corner_weight)
         horizon = len(action_scale)
         if not 1 <= executed_actions <= horizon - obs_steps + 1:
             raise ValueError(f"executed_actions must be in 1..{horizon - obs_steps + 1} (horizon "
@@ -190,7 +191,7 @@ class DiffusionPolicy(nn.Module):
         self.obs_steps, self.executed_actions = obs_steps, executed_actions
         self.sampling_steps, self.relative = sampling_steps, relative
         self.noise_samples, self.loss_steps = noise_samples, loss_steps
-        self.temperature = temperature
+        self.temperature, self.corner_weight = temperature, corner_weight
         self.low, self.high = action_range
         self.register_buffer("action_scale", torch.tensor(action_scale)[:, None])
 
@@ -219,7 +220,7 @@ class DiffusionPolicy(nn.Module):
     def loss(self, observations, actions, agent=None):
         """The noise-prediction error, a scalar (Ho, Eq. (14); decoupled action head, eq. 9).
 
-        observations: what the encoder takes, in stage 2 states (B,To,5); actions (B,T,A) px;
+        observations: what the encoder takes, such as states (B,To,5); actions (B,T,A) px;
         agent (B,A) px, by default the agent's position in the last observation.
         """
         if agent is None:
@@ -231,7 +232,11 @@ class DiffusionPolicy(nn.Module):
         noisy_actions = self.ddpm.add_noise(clean, noise, timestep)
         o = self.conditioning.encode(observations)
         predicted_noise = self.predict_noise(noisy_actions, timestep, o, **steps)
-        return F.mse_loss(predicted_noise, noise)
+        loss = F.mse_loss(predicted_noise, noise)
+        if self.corner_weight:
+            corner_loss = self.conditioning.encoder.corner_loss(observations["corners"])
+            loss = loss + self.corner_weight * corner_loss
+        return loss
 
     def choose_steps(self, clean, noise):
         """A random `loss_steps` of the T steps of each chunk: clean, noise (B,S,A), and which.
@@ -248,7 +253,7 @@ class DiffusionPolicy(nn.Module):
     def sample(self, observations, generator=None):
         """Draw normalised chunks (B,T,A) for observations (B, ...), encoded only once."""
         o = self.conditioning.encode(observations)
-        shape = (len(observations), len(self.action_scale), self.backbone.config["action_dim"])
+        shape = (len(o), len(self.action_scale), self.backbone.config["action_dim"])
 
         def denoiser(noisy_actions, timestep):
             return self.predict_noise(noisy_actions, timestep, o)
@@ -257,13 +262,12 @@ class DiffusionPolicy(nn.Module):
 
     @torch.no_grad()
     def act(self, observations, generator=None):
-        """The next actions: observations (B,To,5) -> agent targets (B,Ta,2) in px.
+        """The next actions: observations, such as (B,To,5) -> agent targets (B,Ta,2) in px.
 
-        Takes a tensor or an array. Raises ValueError for another shape or numbers that are not
+        Takes tensors or arrays. Raises ValueError for another shape or numbers that are not
         finite, FloatingPointError for actions that are none.
         """
-        observations = torch.as_tensor(observations, device=self.action_scale.device).float()
-        self.conditioning.encoder.check(observations)
+        observations = self.conditioning.encoder.read(observations, self.action_scale.device)
         agent = self.conditioning.encoder.agent_position(observations)
         actions = self.denormalise(self.sample(observations, generator), agent)
         first = self.first_executed()

@@ -11,7 +11,7 @@ for each. Two mechanisms, cross-attention and prefix, hand the backbone tokens i
 Paper: section IV-A, eq. 2, 3 and 11 (arXiv 2511.12101v1); the comparison of mechanisms is
 section IV-E of its second version.
 
-Run alone:  python film.py       what each mechanism does to a feature map, in numbers and a picture
+Run alone:  python film.py       what each mechanism does to a feature map, what an eye looks at
 """
 import os
 from pathlib import Path
@@ -145,27 +145,27 @@ class StateEncoder(nn.Module):
     What it looks at, per observation step, is 16 vectors: the block's 8 corners seen from the
     agent, and the same corners seen from where they should be in the end. Each is given twice,
     coarse and, through tanh, fine: because 2 px decide over success. That is 64 numbers a step;
-    an MLP follows. (The paper's encoders are two ResNet-18 on camera pictures; they take each
-    observation step alone, as per_step does.)
+    an MLP follows. (The paper's encoders take each observation step alone, as per_step does.)
 
     obs_steps: To. corners: (8, 2) px in the block's frame; goal: its pose (x, y px, angle rad) in
     the end. width, depth: of the MLP. per_step: encode each observation step alone (for tokens),
     not the window of To as one.
     """
+    observation = "state"
+    numbers, seen = 5, 2 * 2 * 16     # a step: observed; looked at, from agent and goal, twice
 
     def __init__(self, obs_steps, corners, goal, width=384, depth=3, per_step=False):
         super().__init__()
         corners = [[float(x), float(y)] for x, y in corners]     # a file must not hold arrays
         goal = [float(number) for number in goal]
-        self.config = dict(observation="state", obs_steps=obs_steps, corners=corners, goal=goal,
-                           width=width, depth=depth)
+        self.config = dict(observation=self.observation, obs_steps=obs_steps, corners=corners,
+                           goal=goal, width=width, depth=depth)
         self.obs_steps = obs_steps
         self.steps, self.size = obs_steps if per_step else 1, width
         corners, goal = torch.tensor(corners).float(), torch.tensor(goal).float()
         self.register_buffer("corners", corners)
         self.register_buffer("goal_corners", place(corners, goal))
-        seen = 2 * 2 * corners.numel()             # from agent and goal, coarse and fine
-        inputs = seen * obs_steps // self.steps
+        inputs = self.seen * obs_steps // self.steps
         layers = []
         for _ in range(depth - 1):
             # Without the LayerNorms the loss jumped up in three of six runs at learning rate 6e-3.
@@ -173,13 +173,9 @@ class StateEncoder(nn.Module):
             inputs = width
         self.mlp = nn.Sequential(*layers, nn.Linear(inputs, width), nn.LayerNorm(width))
 
-    def check(self, observations):
-        """Raises ValueError if observations are not (B, To, 5), or hold NaN or infinity."""
-        if observations.dim() != 3 or observations.shape[1:] != (self.obs_steps, 5):
-            raise ValueError(f"observations must have shape (B, {self.obs_steps}, 5), "
-                             f"got {tuple(observations.shape)}")
-        if not observations.isfinite().all():
-            raise ValueError("observations must be finite, got NaN or infinity")
+    def read(self, observations, device):
+        """Observations as a tensor; ValueError if they are not (B, To, 5), or not finite."""
+        return checked(observations, "observations", (self.obs_steps, self.numbers), device)
 
     def agent_position(self, observations):
         """Where the agent is at present, in the last observation: (B, 2) px."""
@@ -187,16 +183,100 @@ class StateEncoder(nn.Module):
 
     def features(self, observations):
         """observations (B, To, 5): agent x, y, block x, y (px), angle (rad) -> (B, To, 64)."""
-        agent = observations[..., None, :2]                             # (B, To, 1, 2)
         corners = place(self.corners, observations[..., 2:])            # (B, To, 8, 2)
-        vectors = torch.cat([corners - agent, corners - self.goal_corners], dim=-2)
+        return self.look(corners, observations[..., :2])
+
+    def look(self, corners, agent):
+        """Where corners (B, To, 8, 2) are, seen from agent (B, To, 2) and goal: (B, To, 64)."""
+        vectors = torch.cat([corners - agent[..., None, :], corners - self.goal_corners], dim=-2)
         scaled = torch.cat([vectors / COARSE, torch.tanh(vectors / FINE)], dim=-2)
         return scaled.flatten(-2)
 
     def forward(self, observations):
         """observations (B, To, 5) -> (B, steps, size), steps = To with per_step, otherwise 1."""
         features = self.features(observations)
-        return self.mlp(features.reshape(len(observations), self.steps, -1))
+        return self.mlp(features.reshape(len(features), self.steps, -1))
+
+
+class KeypointEncoder(StateEncoder):
+    """For comparison: gym-pusht's keypoints (B, To, 18), 8 corners and the agent, as they are."""
+    observation = "keypoints"
+    numbers = seen = 18
+
+    def agent_position(self, observations):
+        return observations[:, -1, 16:]
+
+    def features(self, observations):
+        return observations / COARSE - 1
+
+
+class PixelEncoder(StateEncoder):
+    """The same from pictures: find the block's corners in the newest, go on as StateEncoder.
+
+    Observed is gym-pusht's `pixels_agent_pos`, a dict: pixels (B, 96, 96, 3) uint8, the newest
+    picture; agent_pos (B, To, 2) px. Convolutions make 16 maps of 24 x 24 places, a softmax over
+    the places makes a point of each map (Levine et al. 2016), and the corners are a function of
+    the points. Nothing is pretrained. (The paper's encoders are two ResNet-18.)
+    """
+    observation = "pixels"
+
+    def __init__(self, obs_steps, corners, goal, **mlp):
+        super().__init__(obs_steps, corners, goal, **mlp)
+        self.maps = nn.Sequential(
+            nn.Conv2d(3, 32, 4, stride=4), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 1))
+        self.sharpness = nn.Parameter(torch.tensor(4.0))
+        self.linear = nn.Linear(32, 16)
+        self.correction = nn.Sequential(nn.Linear(32, 128), nn.Mish(), nn.Linear(128, 16))
+        line = torch.linspace(-1, 1, 24)
+        self.register_buffer("places", torch.cartesian_prod(line, line).flip(1), persistent=False)
+
+    def read(self, observations, device):
+        if not isinstance(observations, dict) or not {"pixels", "agent_pos"} <= observations.keys():
+            raise ValueError("observations must be a dict of pixels and agent_pos")
+        pixels, agent = observations["pixels"], observations["agent_pos"]
+        return {"pixels": checked(pixels, "pixels", (96, 96, 3), device, torch.uint8),
+                "agent_pos": checked(agent, "agent_pos", (self.obs_steps, 2), device)}
+
+    def agent_position(self, observations):
+        return observations["agent_pos"][:, -1]
+
+    def locate(self, pixels):
+        """Pictures (B, 96, 96, 3) -> the points (B, 16, 2), -1 to 1; the corners (B, 8, 2), px."""
+        maps = self.maps(pixels.permute(0, 3, 1, 2) / 127.5 - 1).flatten(2)
+        with torch.autocast(maps.device.type, enabled=False):     # TRAP: bf16 would round to 2 px
+            # Standardised: otherwise half of the maps stay uniform, their points in the middle.
+            maps = F.layer_norm(maps.float(), maps.shape[-1:])
+            share = (self.sharpness * maps).softmax(-1)
+            points = share @ self.places
+            seen = points.flatten(1)
+            corners = self.linear(seen) + self.correction(seen)
+        return points, COARSE * (1 + corners.unflatten(1, (8, 2)))
+
+    def features(self, observations):
+        """As of a block that has not moved: (B, To, 64)."""
+        _, self.located = self.locate(observations["pixels"])
+        corners = self.located[:, None].expand(-1, self.obs_steps, -1, -1)
+        return self.look(corners, observations["agent_pos"])
+
+    def corner_loss(self, corners):
+        """How far off, in units of 20 px, were the corners (B, 8, 2) in the last `features`?"""
+        return F.l1_loss(self.located, corners) / FINE
+
+
+def checked(values, name, shape, device, kind=torch.float32):
+    """values as a tensor; ValueError if they are not (B, *shape), or hold NaN or infinity."""
+    try:
+        values = torch.as_tensor(values, device=device)
+    except (TypeError, RuntimeError):     # the latter of a dict
+        raise ValueError(f"{name} must be an array, got {type(values).__name__}") from None
+    if values.dim() == 0 or values.shape[1:] != shape:
+        raise ValueError(f"{name} must have shape (B, {str(shape)[1:]}, got {tuple(values.shape)}")
+    if kind == torch.uint8 and values.dtype != kind:
+        raise ValueError(f"{name} must be {kind}, got {values.dtype}")
+    if not values.isfinite().all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+    return values.to(kind)
 
 
 def place(corners, pose):
@@ -249,7 +329,8 @@ class NoEncoder(nn.Module):
         return torch.zeros(len(observations), self.steps, self.size, device=observations.device)
 
 
-ENCODERS = {"state": StateEncoder, "joints": JointEncoder, "pose": PoseEncoder, "none": NoEncoder}
+ENCODERS = {"state": StateEncoder, "keypoints": KeypointEncoder, "pixels": PixelEncoder,
+            "joints": JointEncoder, "pose": PoseEncoder, "none": NoEncoder}
 
 
 # The pathways: encoder Phi, and F that makes modulations or tokens of what it puts out ------------
@@ -336,14 +417,13 @@ class TokenConditioning(nn.Module):
 def make_conditioning(backbone, observation="state", **encoder_settings):
     """A fresh conditioning pathway for `backbone`, of the mechanism that it was built for.
 
-    observation: "state", "joints", "pose" or "none"; settings as for StateEncoder, JointEncoder,
-    PoseEncoder, NoEncoder. Raises ValueError for another observation.
+    observation: of ENCODERS, with the encoder's settings. Raises ValueError for another.
     """
     if observation not in ENCODERS:
         raise ValueError(f"observation is {observation!r}; allowed: {', '.join(ENCODERS)}")
     mechanism = backbone.mechanism
     time_dim = backbone.time_encoder.dim
-    if observation == "state":
+    if issubclass(ENCODERS[observation], StateEncoder):
         encoder_settings["per_step"] = mechanism.tokens
     encoder = ENCODERS[observation](**encoder_settings)
     if mechanism.tokens:
@@ -372,14 +452,12 @@ def lesson(out):
     vectors = torch.stack([1.5 * torch.cos(torch.pi * feature), feature, feature.round()])
     m = vectors[None, :, None]                                               # (B=1,V=3,1,D=24)
 
-    after = FiLM().modulate(h, m[:, :2])
     print("Features", h.shape, "and modulation", m[:, :2].shape)
-    print("One gamma and one beta for each feature, the same for all steps of the chunk.\n"
-          "   feature   gamma    beta   h at step 0, 8   FiLM(h) at step 0, 8")
-    for d in (0, 8, 16, 23):
-        gamma, beta, _ = vectors[:, d]
-        print(f"   {d:7d} {gamma:7.2f} {beta:7.2f} {h[0, 0, d]:8.2f} {h[0, 8, d]:7.2f}"
-              f" {after[0, 0, d]:12.2f} {after[0, 8, d]:7.2f}")
+    print("One gamma and one beta for each feature, the same for all steps of the chunk.")
+    after = FiLM().modulate(h, m[:, :2])
+    for name, values in {"gamma": vectors[0], "beta": vectors[1], "h, step 8": h[0, 8],
+                         "FiLM(h), step 8": after[0, 8]}.items():
+        print(f"{name:16}", *(f"{value:6.2f}" for value in values[::4]))
 
     maps = {"h: 16 steps, 24 features": h}
     for name in ("film", "additive", "adaln", "adarms", "adaln-zero"):
@@ -391,9 +469,35 @@ def lesson(out):
         axis.set(title=name, xlabel="feature", ylabel="step")
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "film.png", dpi=110)
-    print(f"What each recipe trains of this pathway: python heads.py\nPicture: {out / 'film.png'}")
+    print(f"Pictures: film.png, eye.png in {out}. What each recipe trains: python heads.py")
+
+
+def lesson_of_seeing(out, updates=401):
+    """Train the eye of a PixelEncoder alone; save out/eye.png: where it looks, what it finds."""
+    import matplotlib.pyplot as plt
+    import sim_pusht
+
+    env = sim_pusht.PushT(64)
+    eye = PixelEncoder(2, sim_pusht.KEYPOINTS, sim_pusht.GOAL)
+    optimizer = torch.optim.AdamW(eye.parameters(), lr=3e-3)
+    for update in range(updates):
+        env.reset(64 * update)     # no scene twice
+        points, located = eye.locate(torch.as_tensor(env.render()))
+        error = F.l1_loss(located, torch.as_tensor(sim_pusht.keypoints(env.block_pose())))
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        if update % 100 == 0:
+            print(f"An eye that saw {64 * update:6d} pictures: corners {error:5.1f} px off")
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.8), layout="constrained")
+    for axis, picture, looks, finds in zip(axes, env.render(), COARSE * (1 + points), located):
+        axis.imshow(picture, extent=(0, 512, 512, 0))
+        axis.plot(*looks.detach().T, "k+", *finds.detach().T, "r.")
+    axes[0].set_title("+ where 16 maps are large, . the corners")
+    figure.savefig(out / "eye.png", dpi=110)
 
 
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"     # needs no display
     lesson(Path("runs/lessons"))
+    lesson_of_seeing(Path("runs/lessons"))

@@ -296,11 +296,26 @@ TASKS = {"full": (start_full, GOAL), "near": (start_near, GOAL), "away": (start_
 OBSERVATIONS = "state", "keypoints", "pixels"
 
 
+def observe(states, observation, goal=GOAL):
+    """What a policy of this observation is given of the past, states (B, To, 5), the newest last.
+
+    "keypoints": (B, To, 18), eight corners and the agent. "pixels": a dict of the newest picture,
+    pixels (B, 96, 96, 3) uint8, and agent_pos (B, To, 2).
+    """
+    agent = states[..., :2]
+    if observation == "pixels":
+        return {"pixels": draw_states(states[:, -1], goal=goal), "agent_pos": agent}
+    if observation == "keypoints":
+        corners = keypoints(states[..., 2:]).reshape(*states.shape[:-1], 16)
+        return np.concatenate([corners, agent], -1)
+    return states
+
+
 class PushT:
     """B environments in one. An environment's results do not depend on its neighbours.
 
-    task: a row of TASKS, "full" is the benchmark; observation: "state" (B, 5), "keypoints"
-    (B, 18: eight corners, agent) or "pixels" (B, 96, 96, 3) uint8; truncated after max_steps.
+    task: a row of TASKS, "full" is the benchmark; observation: "state" (B, 5), "keypoints" (B, 18)
+    or "pixels", gym-pusht's pixels_agent_pos, see `observe`; truncated after max_steps.
     ValueError for other choices, and for states and actions that are not finite or misshapen.
     """
 
@@ -373,12 +388,10 @@ class PushT:
 
     def observe(self):
         """The kind of observation chosen at construction."""
+        seen = observe(self.state()[:, None], self.observation, self.goal)
         if self.observation == "pixels":
-            return self.render()
-        if self.observation == "keypoints":
-            corners = keypoints(self.block_pose()).reshape(self.num_envs, 16)
-            return np.concatenate([corners, as_floats(self._world.agent)], 1)
-        return self.state()
+            return seen | {"agent_pos": seen["agent_pos"][:, 0]}
+        return seen[:, 0]
 
     def render(self, size=96):
         """Pictures of all environments, (B, size, size, 3) uint8."""

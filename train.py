@@ -57,12 +57,15 @@ FORMAT = {"format": DiffusionPolicy.FILE_FORMAT}     # of config.json and action
 # (Where time steps mix, all 16 and one draw: still twice the work.) At such rates training is on
 # the edge: hence the clipped gradients and the small betas[1]. Demonstrations of a file are few,
 # and people disagree: mirror images double them, and the policy acts at a lower temperature.
+# Pictures are dear: fewer observations, more draws. Of the keys that fit a run the last is taken.
 SETTINGS = {
     "laptop": dict(
-        batch_size={"full": 128, "demos": 256}, noise_samples=2, loss_steps=4, sampling_steps=10,
+        batch_size={"full": 128, "demos": 256, "pixels": 64},
+        noise_samples={"full": 2, "pixels": 4}, loss_steps=4, sampling_steps=10,
         mirror={"full": False, "demos": True}, temperature={"full": 1.0, "demos": 0.5},
         learning_rate=4e-3, warmup=100, betas=(0.9, 0.98), clip_norm=0.2, ema_decay=0.995,
-        stage1_steps=2500, steps={"full": 18000, "near": 8000, "demos": 12000},
+        stage1_steps=2500, steps={"full": 18000, "near": 8000, "demos": 12000, "pixels": 12000,
+                                  "near pixels": 6000},
         num_demos={"full": 2000, "near": 1500}, episodes=200,
         log_every=100, checkpoint_every=500, play_every=3000,     # multiples of log_every
         time={"full": "8 minutes on 2 cores in bf16, 10 in fp32, for DP-MLP; the others: twice",
@@ -95,7 +98,7 @@ def train_policy(config, run, demonstrations, device):
 
     # Stage 2, with a fresh conditioning on observations. Normal training is this alone.
     _, goal = sim_pusht.TASKS[config.task]
-    conditioning = make_conditioning(backbone, "state", obs_steps=OBS_STEPS,
+    conditioning = make_conditioning(backbone, config.observation, obs_steps=OBS_STEPS,
                                      corners=sim_pusht.KEYPOINTS.tolist(), goal=goal.tolist())
     if config.keep_biases and stage1:
         # A control, as in the official code: the mean modulation stays, and of tokens the MLP.
@@ -103,6 +106,8 @@ def train_policy(config, run, demonstrations, device):
         conditioning.load_state_dict({name: weight for name, weight in stage1.state_dict().items()
                                       if name.startswith(kept)}, strict=False)
     policy = make_policy(conditioning, backbone, config).to(device)
+    if config.observation == "pixels":
+        policy.corner_weight = config.corner_weight
     trained = policy
     if config.recipe in ("decoupled", "random-frozen"):
         freeze(backbone)
@@ -237,7 +242,9 @@ def kinematic_batches(demonstrations, config, device):
 
 
 def demonstration_batches(demonstrations, config, device):
-    """Stage 2: yields states (B,To,5), actions (B,T,A), random windows of the demonstrations.
+    """Stage 2: yields observations, actions (B,T,A), random windows of the demonstrations.
+
+    Pictures are drawn anew for each batch, 0.15 ms each: all of them would take 4 GB.
 
     A window starts one step before the present. Steps that are repeated at an episode's edges
     count in the loss, as in the official code; that drops windows with more than 7 of them.
@@ -247,7 +254,20 @@ def demonstration_batches(demonstrations, config, device):
     window = windows(demonstrations, 1 - OBS_STEPS, HORIZON, device)
     while True:
         chosen = draw(window, config.batch_size)
-        yield states[chosen[:, :OBS_STEPS]], actions[chosen]
+        yield observe(states[chosen[:, :OBS_STEPS]], config), actions[chosen]
+
+
+def observe(states, config):
+    """What is observed of states (B,To,5), as tensors; of pixels also what they show: corners."""
+    if config.observation == "state":
+        return states
+    _, goal = sim_pusht.TASKS[config.task]
+    past = states.cpu().numpy()
+    seen = sim_pusht.observe(past, config.observation, goal)
+    if config.observation == "keypoints":
+        return torch.as_tensor(seen, dtype=torch.float32, device=states.device)
+    seen["corners"] = sim_pusht.keypoints(past[:, -1, 2:]).astype(np.float32)
+    return {name: torch.as_tensor(values, device=states.device) for name, values in seen.items()}
 
 
 def draw(window, batch_size):
@@ -296,8 +316,12 @@ def evaluate(policy, task, episodes, max_steps=300):
     env = sim_pusht.PushT(episodes, task, max_steps=max_steps)
     env.reset(EVALUATION_SEED)
     generator = torch.Generator(policy.action_scale.device).manual_seed(EVALUATION_SEED)
-    return sim_pusht.play(env, lambda past: policy.act(past, generator).cpu().numpy(),
-                          policy.obs_steps)
+
+    def act(past):
+        seen = sim_pusht.observe(past, policy.conditioning.encoder.observation, env.goal)
+        return policy.act(seen, generator).cpu().numpy()
+
+    return sim_pusht.play(env, act, policy.obs_steps)
 
 
 def scores(result):
@@ -477,8 +501,9 @@ class Run:
 
 def default_folder(config):
     """The first free one of runs/<what distinguishes the run>, ...-2, ...; to resume: the last."""
-    name = (f"{config.backbone}-{config.conditioning}-{config.recipe}-{config.task}-{config.scale}-"
-            f"seed{config.seed}{'-smoke' * config.smoke}").replace("-film", "")
+    name = (f"{config.backbone}-{config.conditioning}-{config.recipe}-{config.task}-"
+            f"{config.observation}-{config.scale}-seed{config.seed}{'-smoke' * config.smoke}"
+            ).replace("-film", "").replace("-state", "")
     before = folder = Path("runs", name)
     for number in itertools.count(2):
         if not (folder / "config.json").exists():
@@ -546,6 +571,8 @@ def make_parser():
            help="control: as --decoupled, but freeze nothing; default: normal")
     flag("--task", default="full", choices=sim_pusht.TASKS, help="the benchmark; the quick lesson, "
          "block within 60 px and 0.75 rad of the goal; or another goal, far away; default full")
+    flag("--observation", default="state", choices=sim_pusht.OBSERVATIONS, help="the block's pose; "
+         "its corners, as gym-pusht gives them; or a picture; default state")
     flag("--seed", type=int, default=0, help="of initialisation and batches; default 0")
     flag("--smoke", action="store_true", help="all of it once, in a minute; default: off")
 
@@ -570,6 +597,8 @@ def make_parser():
     flag("--stage1-steps", type=int, metavar="N", help="updates; default 2500, paper 45000")
     flag("--steps", type=int, metavar="N", help="updates in stage 2, or in normal training; "
          "default 18000, near 8000, of a file 12000, paper 83000")
+    flag("--corner-weight", type=float, metavar="X", default=0.2, help="how much the loss minds where "
+         "a policy from pixels sees the block's corners; default 0.2; 0: the paper's loss")
     flag("--learning-rate", type=float, metavar="X", help="highest; default 0.004, paper 0.0001")
     flag("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="default auto: bf16 "
          "where it is faster (a GPU that has it; DP-MLP, DP-C on a CPU with AVX512-BF16), else fp32")
@@ -591,6 +620,7 @@ def make_parser():
 # What a flag may be, both ends included; beyond lies what no machine or number type holds.
 ALLOWED = {"seed": (0, 2 ** 32 - 1), "width": (1, 10_000), "num_demos": (1, 100_000),
            "stage1_steps": (1, 10 ** 9), "steps": (1, 10 ** 9), "learning_rate": (1e-9, 1e4),
+           "corner_weight": (0, 1e4),
            "episodes": (1, 10_000)}
 
 
@@ -608,6 +638,8 @@ def parse(arguments=None):
         low, high = ALLOWED.get(key, (value, value))
         if not low <= value <= high:
             parser.error(f"{name} is out of range; allowed: {low} to {high}")
+        if key == "corner_weight" and config.observation != "pixels":
+            parser.error(f"{name} means nothing without --observation pixels")
         if config.evaluate and key not in ("evaluate", "task", "episodes", "executed_actions",
                                            "device", "out", "smoke"):
             parser.error(f"{name} means nothing with --evaluate, which trains nothing")
@@ -627,7 +659,9 @@ def parse(arguments=None):
         file_decides = key == "num_demos" and config.demos
         if getattr(config, key, None) is None and not file_decides:
             if isinstance(value, dict):
-                value = value.get("demos" if config.demos else config.task, value["full"])
+                kinds = ("full", config.task, "demos" if config.demos else "", config.observation,
+                         f"{config.task} {config.observation}")
+                value = [value[kind] for kind in kinds if kind in value][-1]
             setattr(config, key, value)
     return config, parser.error
 

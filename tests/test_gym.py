@@ -17,27 +17,35 @@ def play_in_gym(policy, episodes, max_steps=300):
     """The twin of train.evaluate with gym-pusht's environments: max coverage (episodes,)."""
     import gymnasium
     import gym_pusht  # noqa: F401  (registers the environment)
-    envs = [gymnasium.make("gym_pusht/PushT-v0", obs_type="state", max_episode_steps=max_steps + 1)
+    pixels = policy.conditioning.encoder.observation == "pixels"
+    kind = "pixels_agent_pos" if pixels else "state"
+    envs = [gymnasium.make("gym_pusht/PushT-v0", obs_type=kind, max_episode_steps=max_steps + 1)
             for _ in range(episodes)]
-    states = [np.stack([env.reset(seed=train.EVALUATION_SEED + i)[0]
-                        for i, env in enumerate(envs)])]
+    seen = [[env.reset(seed=train.EVALUATION_SEED + i)[0] for i, env in enumerate(envs)]]
     generator = torch.Generator().manual_seed(train.EVALUATION_SEED)
     best = np.zeros(episodes)
-    while len(states) <= max_steps and (best <= 0.95).any():
-        past = np.stack([states[max(0, len(states) - 2)], states[-1]], axis=1)
+    while len(seen) <= max_steps and (best <= 0.95).any():
+        before, now = seen[max(0, len(seen) - 2)], seen[-1]
+        if pixels:
+            past = {"pixels": np.stack([one["pixels"] for one in now]),
+                    "agent_pos": np.stack([[one["agent_pos"] for one in pair]
+                                           for pair in zip(before, now)])}
+        else:
+            past = np.stack([before, now], axis=1)
         chunk = policy.act(past, generator).numpy()
-        for targets in chunk.swapaxes(0, 1)[:max_steps + 1 - len(states)]:
+        for targets in chunk.swapaxes(0, 1)[:max_steps + 1 - len(seen)]:
             steps = [env.step(target) for env, target in zip(envs, targets)]
-            states.append(np.stack([step[0] for step in steps]))
+            seen.append([step[0] for step in steps])
             best = np.maximum(best, [step[4]["coverage"] for step in steps])
     return best
 
 
-def test_an_untrained_policy_does_the_same_in_both(tmp_path):
+@pytest.mark.parametrize("observation", ["state", "pixels"])
+def test_an_untrained_policy_does_the_same_in_both(observation, tmp_path):
     """Same scenes, same noise: the same coverage, until a contact amplifies the last digits."""
     pytest.importorskip("gym_pusht")
     torch.manual_seed(0)
-    config, _ = train.parse(["--device", "cpu"])
+    config, _ = train.parse(["--observation", observation, "--device", "cpu"])
     demonstrations = dict(state=np.zeros((4, 5)), action=np.zeros((4, 2)),
                           episode_ends=np.array([4]))
     config.steps = 1

@@ -336,6 +336,7 @@ PROJECT = {"film", "heads", "diffusion", "kinematics", "train", "sim_pusht"}
 KNOWS = {"film": set(), "heads": {"film"}, "diffusion": set(), "kinematics": set(),
          "sim_pusht": set(), "train": PROJECT - {"train"}}
 ONLY_INSIDE_A_FUNCTION = {"diffusion": {"film", "heads"},     # a policy's file names its networks
+                          "film": {"sim_pusht"},              # the lesson draws scenes
                           "kinematics": {"sim_pusht"}}        # the lesson compares the two motions
 
 

@@ -508,6 +508,7 @@ def test_every_flag_with_every_kind_of_bad_value(flag, capsys):
     ("--pretrain-data fast", "--pretrain-data"), ("--random-backbone --pretrain-condition none",
                                                   "--pretrain-condition"),
     ("--evaluate x.pt --resume", "--resume"), ("--evaluate x.pt --steps 3", "--steps"),
+    ("--evaluate x.pt --observation pixels", "--observation"), ("--corner-weight 1", "--observation"),
     ("--evaluate x.pt --decoupled", "recipe"), ("--backbone unet --conditioning prefix", "prefix"),
     ("--backbone unet --width 64", "unet"), ("--width 3", "multiple"), ("--seed 4294967296", "--seed"),
     ("--learning-rate 1e-300", "--learning-rate"), ("--episodes 0", "--episodes"), ("stray", "stray"),

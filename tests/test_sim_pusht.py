@@ -243,9 +243,11 @@ def test_observations():
     np.testing.assert_allclose(points[:, :16].reshape(3, 8, 2), sim_pusht.keypoints(state[:, 2:]))
     env = PushT(3, observation="pixels")
     first = env.reset(5)
-    assert first.shape == (3, 96, 96, 3) and first.dtype == np.uint8
+    assert first["pixels"].shape == (3, 96, 96, 3) and first["pixels"].dtype == np.uint8
+    np.testing.assert_array_equal(first["pixels"], sim_pusht.draw_states(state))
+    np.testing.assert_array_equal(first["agent_pos"], state[:, :2])
     second = env.step(state[:, :2] + 100)[0]
-    assert (first != second).any((1, 2, 3)).all()
+    assert (first["pixels"] != second["pixels"]).any((1, 2, 3)).all()
 
 
 def test_same_seed_same_bits_and_neighbours_do_not_matter():

@@ -1,0 +1,273 @@
+"""Policies that see pictures, or gym-pusht's keypoints: their encoders, batches, files and runs."""
+import numpy as np
+import pytest
+import torch
+
+import film
+import sim_pusht
+import train
+from diffusion import DiffusionPolicy
+from heads import make_backbone
+
+CORNERS, GOAL = sim_pusht.KEYPOINTS.tolist(), sim_pusht.GOAL.tolist()
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("short_episodes")
+
+
+def make_policy(observation="pixels", name="mlp", mechanism="film", **settings):
+    torch.manual_seed(0)
+    backbone = make_backbone(name, conditioning=mechanism)
+    conditioning = film.make_conditioning(backbone, observation, obs_steps=2, corners=CORNERS,
+                                          goal=GOAL)
+    return DiffusionPolicy(conditioning, backbone, train.ACTION_SCALE, (0, 512), **settings)
+
+
+def scenes(number, seed=0):
+    """Pasts (number, 2, 5): the agent moves 3 px, the block stands still."""
+    state = sim_pusht.PushT(number).reset(seed)
+    return np.stack([state, state + [3, -3, 0, 0, 0]], 1)
+
+
+def batch(number=4):
+    """Observations and actions as `train.demonstration_batches` yields them."""
+    config, _ = train.parse(["--observation", "pixels", "--device", "cpu"])
+    past = torch.as_tensor(scenes(number), dtype=torch.float32)
+    return train.observe(past, config), torch.rand(number, 16, 2) * 400
+
+
+# The encoders ------------------------------------------------------------------------------------
+
+def test_a_point_is_where_its_map_is_large():
+    """x is the column, y the row, -1 and 1 the outermost of 24 places; a sharp map, a sharp point."""
+    eye = film.PixelEncoder(2, CORNERS, GOAL)
+    maps = torch.zeros(1, 16, 24, 24)
+    maps[0, :, 12, 12] = 1                    # the others
+    maps[0, 5] = 0
+    maps[0, 5, 3, 20] = 1
+    eye.maps.forward = lambda pictures: maps
+    points, corners = eye.locate(torch.zeros(1, 96, 96, 3, dtype=torch.uint8))
+    assert points.shape == (1, 16, 2) and corners.shape == (1, 8, 2)
+    expected = torch.tensor([20, 3]) / 23 * 2 - 1
+    torch.testing.assert_close(points[0, 5], expected, atol=1e-4, rtol=0)
+    assert (points[0, 4] - points[0, 5]).abs().min() > 0.5
+
+
+def test_an_eye_sees_row_and_column_of_a_picture():
+    """What it sees depends on each of the three colours, and a moved picture moves the points."""
+    torch.manual_seed(0)
+    eye = film.PixelEncoder(2, CORNERS, GOAL)
+    picture = torch.full((1, 96, 96, 3), 255, dtype=torch.uint8)
+    for color in range(3):
+        changed = picture.clone()
+        changed[0, 40:60, 20:40, color] = 0
+        assert not torch.allclose(eye.locate(picture)[0], eye.locate(changed)[0], atol=1e-3)
+    moved = changed.roll(16, 2)               # to the right: 4 places of 24
+    x, y = (eye.locate(moved)[0] - eye.locate(changed)[0])[0].abs().sum(0)
+    assert x > 5 * y
+
+
+def test_seen_corners_are_looked_at_as_those_of_a_state():
+    past = torch.as_tensor(scenes(5), dtype=torch.float32)
+    eye, pose = film.PixelEncoder(2, CORNERS, GOAL), film.StateEncoder(2, CORNERS, GOAL)
+    eye.locate = lambda pixels: (None, film.place(pose.corners, past[:, -1, 2:]))
+    seen = eye.features({"pixels": None, "agent_pos": past[..., :2]})
+    torch.testing.assert_close(seen, pose.features(past))
+
+
+def test_the_newest_agent_position_is_the_present_one():
+    past = torch.as_tensor(scenes(3), dtype=torch.float32)
+    for observation in ("state", "keypoints", "pixels"):
+        encoder = make_policy(observation).conditioning.encoder
+        seen = encoder.read(sim_pusht.observe(past.numpy(), observation), CPU)
+        torch.testing.assert_close(encoder.agent_position(seen), past[:, -1, :2])
+
+
+def test_corners_are_found_in_full_precision_under_autocast():
+    pixels = torch.as_tensor(sim_pusht.draw_states(scenes(3)[:, -1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        points, corners = film.PixelEncoder(2, CORNERS, GOAL).locate(pixels)
+    assert points.dtype == corners.dtype == torch.float32
+    assert (corners != corners.bfloat16().float()).float().mean() > 0.9
+
+
+def test_an_eye_learns_to_see(tmp_path, capsys):
+    torch.manual_seed(0)
+    film.lesson_of_seeing(tmp_path, updates=101)
+    first, last = (float(line.split("corners")[1].split()[0])
+                   for line in capsys.readouterr().out.splitlines())
+    assert last < 0.7 * first and (tmp_path / "eye.png").stat().st_size > 0
+
+
+def test_keypoints_are_put_in_as_they_are():
+    past = scenes(3)
+    seen = film.KeypointEncoder(2, CORNERS, GOAL).features(
+        torch.as_tensor(sim_pusht.observe(past, "keypoints")))
+    assert seen.shape == (3, 2, 18)
+    np.testing.assert_allclose(seen[..., :16].reshape(3, 2, 8, 2) * 256 + 256,
+                               sim_pusht.keypoints(past[..., 2:]))
+    np.testing.assert_allclose(seen[..., 16:] * 256 + 256, past[..., :2])
+
+
+# The policy --------------------------------------------------------------------------------------
+
+def test_the_loss_minds_the_corners_as_much_as_asked():
+    observations, actions = batch()
+    losses = []
+    for weight in (0.0, 0.3):
+        policy = make_policy(corner_weight=weight, noise_samples=4, loss_steps=4)
+        torch.manual_seed(1)
+        losses.append(policy.loss(observations, actions))
+    off = policy.conditioning.encoder.locate(observations["pixels"])[1] - observations["corners"]
+    torch.testing.assert_close(losses[1] - losses[0], 0.3 * off.abs().mean() / 20)
+
+
+@pytest.mark.parametrize("name, mechanism", [("mlp", "film"), ("transformer", "cross-attention")])
+def test_only_the_loss_needs_to_know_the_corners(name, mechanism):
+    """And the error of the noise alone trains the eye as well."""
+    observations, actions = batch()
+    policy = make_policy(name=name, mechanism=mechanism)
+    corners = observations.pop("corners")
+    for weight in policy.conditioning.parameters():
+        torch.nn.init.normal_(weight, std=0.1) if weight.dim() > 1 else None
+    policy.loss(observations, actions).backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in policy.conditioning.encoder.parameters())
+    policy.eval()
+    acted = [policy.act(seen, torch.Generator().manual_seed(0))
+             for seen in (observations, observations | {"corners": corners + 50})]
+    assert torch.equal(*acted)
+
+
+def test_a_picture_is_looked_at_once(monkeypatch):
+    looks, locate = [], film.PixelEncoder.locate
+    monkeypatch.setattr(film.PixelEncoder, "locate",
+                        lambda eye, pixels: looks.append(len(pixels)) or locate(eye, pixels))
+    policy = make_policy(noise_samples=4, loss_steps=4)
+    observations, actions = batch()
+    policy.loss(observations, actions)
+    assert looks == [4]
+    policy.act(observations)
+    assert looks == [4, 4]
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"pixels": np.zeros((1, 96, 96, 3))}, "uint8"),
+    ({"pixels": np.zeros((1, 64, 96, 3), np.uint8)}, r"96, 96, 3\), got \(1, 64, 96, 3\)"),
+    ({"pixels": np.zeros((1, 3, 96, 96), np.uint8)}, r"got \(1, 3, 96, 96\)"),
+    ({"pixels": None}, "NoneType"), ({"pixels": "a"}, "str"),
+    ({"agent_pos": np.zeros((1, 3, 2))}, r"got \(1, 3, 2\)"),
+    ({"agent_pos": np.full((1, 2, 2), np.nan)}, "agent_pos must be finite")])
+def test_what_is_no_observation_is_one_line(change, told):
+    observation = {"pixels": np.zeros((1, 96, 96, 3), np.uint8), "agent_pos": np.zeros((1, 2, 2))}
+    policy = make_policy()
+    policy.act(observation)
+    with pytest.raises(ValueError, match=told):
+        policy.act(observation | change)
+
+
+def test_an_observation_of_another_kind_is_one_line():
+    past = scenes(2)
+    for observation in ("state", "keypoints", "pixels"):
+        policy = make_policy(observation)
+        for other in {"state", "keypoints", "pixels"} - {observation}:
+            with pytest.raises(ValueError, match="observations must"):
+                policy.act(sim_pusht.observe(past, other))
+
+
+# Runs --------------------------------------------------------------------------------------------
+
+def test_batches_show_what_the_demonstrations_are_in():
+    config, _ = train.parse(["--observation", "pixels", "--task", "away", "--device", "cpu"])
+    config.batch_size = 20
+    state = scenes(12)[:, 0]
+    demonstrations = dict(state=state, action=state[:, :2], episode_ends=np.array([5, 12]))
+    seen, _ = next(train.demonstration_batches(demonstrations, config, CPU))
+    assert seen["pixels"].shape == (20, 96, 96, 3) and seen["pixels"].dtype == torch.uint8
+    for i in range(20):
+        (frame,) = np.flatnonzero(np.isclose(state[:, :2], seen["agent_pos"][i, 1]).all(1))
+        before = max(frame - 1, 0 if frame < 5 else 5)
+        np.testing.assert_allclose(seen["agent_pos"][i, 0], state[before, :2], rtol=1e-6)
+        shown = sim_pusht.draw_states(np.float32(state[frame]), goal=sim_pusht.AWAY)
+        np.testing.assert_array_equal(seen["pixels"][i], shown)
+        np.testing.assert_allclose(seen["corners"][i], sim_pusht.keypoints(state[frame, 2:]),
+                                   rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_stage_2_alone_minds_the_corners(weight, tmp_path, monkeypatch):
+    weights = []
+    monkeypatch.setattr(train, "fit", lambda stage, policy, *_: weights.append(
+        (stage, policy.corner_weight)))
+    config, _ = train.parse(["--observation", "pixels", "--corner-weight", str(weight),
+                             "--decoupled", "--device", "cpu", "--out", str(tmp_path / "run")])
+    state = scenes(3)[:, 0]
+    demonstrations = dict(state=state, action=state[:, :2], episode_ends=np.array([3]))
+    train.train_policy(config, train.Run(config), demonstrations, CPU)
+    assert weights == [("stage1", 0), ("stage2", weight)]
+
+
+def test_a_policy_plays_with_pictures_of_its_task():
+    """In front of it are the scenes of the task, with the task's own goal."""
+    policy, seen = make_policy(), []
+    act = policy.act
+    policy.act = lambda past, generator: seen.append(past) or act(past, generator)
+    train.evaluate(policy, "away", 2, max_steps=1)
+    states = sim_pusht.PushT(2, "away").reset(train.EVALUATION_SEED)
+    np.testing.assert_array_equal(seen[0]["pixels"],
+                                  sim_pusht.draw_states(states, goal=sim_pusht.AWAY))
+    np.testing.assert_array_equal(seen[0]["agent_pos"], np.stack([states[:, :2]] * 2, 1))
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    """An action head that never saw a picture."""
+    folder = tmp_path_factory.mktemp("head") / "run"
+    run(folder, "--decoupled", observation="state")
+    return folder / "action_head.pt"
+
+
+def run(folder, *more, observation="pixels"):
+    demos = folder.parent / "demos.npz"
+    if not demos.exists():
+        np.savez(demos, **sim_pusht.expert_demonstrations(2, "near", seed=0))
+    return train.main([str(word) for word in (
+        "--smoke", "--demos", demos, "--stage1-steps", 4, "--steps", 6, "--episodes", 2,
+        "--device", "cpu", "--observation", observation, "--out", folder, *more)])
+
+
+def weights(folder):
+    return torch.load(folder / "policy.pt", weights_only=True)["weights"]
+
+
+@pytest.mark.parametrize("observation", ["keypoints", "pixels"])
+def test_all_recipes_run_resume_and_play(observation, head, tmp_path, monkeypatch):
+    from_head = ["--decoupled", "--action-head", head]
+    recipes = dict(normal=[], random=["--random-backbone"], pretrained=["--pretrained"],
+                   decoupled=from_head)
+    for name, flags in recipes.items():
+        run(tmp_path / name, *flags, observation=observation)
+    made = torch.load(head, weights_only=True)["weights"]
+    kept = weights(tmp_path / "decoupled")
+    assert all(torch.equal(kept[f"backbone.{name}"], value) for name, value in made.items())
+    policy = tmp_path / "decoupled" / "policy.pt"
+    again = train.main(["--evaluate", str(policy), "--episodes", "2", "--device", "cpu"])
+    assert again["episodes"] == 2
+    loaded = DiffusionPolicy.load(policy)
+    assert loaded.conditioning.encoder.observation == observation
+    assert loaded.act(sim_pusht.observe(scenes(3), observation)).shape == (3, 8, 2)
+
+    monkeypatch.setitem(train.SMOKE, "checkpoint_every", 2)
+    original, calls = DiffusionPolicy.loss, []
+
+    def loss(policy, *arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return original(policy, *arguments)
+
+    monkeypatch.setattr(DiffusionPolicy, "loss", loss)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "resumed", *from_head, observation=observation)
+    monkeypatch.setattr(DiffusionPolicy, "loss", original)
+    run(tmp_path / "resumed", *from_head, "--resume", observation=observation)
+    resumed = weights(tmp_path / "resumed")
+    assert all(torch.equal(value, resumed[name]) for name, value in kept.items())
