@@ -79,7 +79,7 @@ SETTINGS = {
         log_every=100, checkpoint_every=2000, play_every=10000,
         time="hours on a GPU"),
 }
-SMOKE = dict(steps=150, stage1_steps=100, num_demos=40, episodes=16, log_every=25,
+SMOKE = dict(batch_size=64, steps=150, stage1_steps=100, num_demos=40, episodes=16, log_every=25,
              checkpoint_every=50, play_every=50, time="a minute")
 
 

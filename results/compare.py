@@ -43,7 +43,8 @@ HEADS = {
     "DPT": "--backbone transformer --stage1-steps 1250 --steps 4000 --conditioning",
     "LONG": "--backbone transformer --stage1-steps 2500 --steps 8000 --conditioning",
 }
-# What the rows of `sharing` take from other rows' runs, of the same seed, and from elsewhere.
+# What the rows of `sharing` take from other rows' runs, of the same seed, and from elsewhere. (The
+# run of `full` with the head of free arm motion is that of `main`: its stage 1 is near's, bit for bit.)
 HEAD_OF_RUN = "--decoupled --action-head runs/compare/{}-seed{{seed}}/action_head.pt"
 FILES = {
     "ARM": HEAD_OF_RUN.format("near-mlp-decoupled"),
@@ -140,7 +141,7 @@ PRESETS = {
         near, head of full's paths     | --task near MLP FULL                           | -
         near, random head              | --task near MLP --random-backbone              | -
         full, normal                   | --task full MLP                                | -
-        full, head of free arm motion  | --task full MLP ARM                            | -
+        full, head of free arm motion  | --task full MLP --decoupled                    | -
         full, head of near's paths     | --task full MLP NEAR                           | -
         full, head of full's paths     | --task full MLP --decoupled --pretrain-data demonstrations | -
         full, random head              | --task full MLP --random-backbone              | -
