@@ -164,21 +164,21 @@ class DiffusionPolicy(nn.Module):
     loss_steps: horizon steps per noise draw in `loss`, None for all T. Less is for backbones that
     do not mix time steps: there a random subset has the same gradient in expectation.
     temperature: of the noise in `act`, see DDPM.sample; the paper's is 1.
-    corner_weight: in `loss`, of what an encoder of pixels gets wrong; the paper has no such term.
     Raises ValueError for settings that do not fit each other.
     """
     FILE_FORMAT = 2
+    corner_weight = 0.0     # in `loss`, of what an eye gets wrong; the paper has no such term
 
     def __init__(self, conditioning, backbone, action_scale, action_range, obs_steps=2,
                  executed_actions=8, sampling_steps=10, relative=True, noise_samples=1,
-                 loss_steps=None, temperature=1.0, corner_weight=0.0):
+                 loss_steps=None, temperature=1.0):
         super().__init__()
         action_scale = list(map(float, action_scale))     # a file must not hold arrays
         self.config = dict(action_scale=action_scale, action_range=list(map(float, action_range)),
                            obs_steps=obs_steps, executed_actions=executed_actions,
                            sampling_steps=sampling_steps, relative=relative,
                            noise_samples=noise_samples, loss_steps=loss_steps,
-                           temperature=temperature, corner_weight=corner_weight)
+                           temperature=temperature)
         horizon = len(action_scale)
         if not 1 <= executed_actions <= horizon - obs_steps + 1:
             raise ValueError(f"executed_actions must be in 1..{horizon - obs_steps + 1} (horizon "
@@ -191,7 +191,7 @@ class DiffusionPolicy(nn.Module):
         self.obs_steps, self.executed_actions = obs_steps, executed_actions
         self.sampling_steps, self.relative = sampling_steps, relative
         self.noise_samples, self.loss_steps = noise_samples, loss_steps
-        self.temperature, self.corner_weight = temperature, corner_weight
+        self.temperature = temperature
         self.low, self.high = action_range
         self.register_buffer("action_scale", torch.tensor(action_scale)[:, None])
 
@@ -234,8 +234,8 @@ class DiffusionPolicy(nn.Module):
         predicted_noise = self.predict_noise(noisy_actions, timestep, o, **steps)
         loss = F.mse_loss(predicted_noise, noise)
         if self.corner_weight:
-            corner_loss = self.conditioning.encoder.corner_loss(observations["corners"])
-            loss = loss + self.corner_weight * corner_loss
+            error = self.conditioning.encoder.corner_error(observations["corners"])
+            loss = loss + self.corner_weight * error
         return loss
 
     def choose_steps(self, clean, noise):

@@ -259,8 +259,8 @@ class PixelEncoder(StateEncoder):
         corners = self.located[:, None].expand(-1, self.obs_steps, -1, -1)
         return self.look(corners, observations["agent_pos"])
 
-    def corner_loss(self, corners):
-        """How far off, in units of 20 px, were the corners (B, 8, 2) in the last `features`?"""
+    def corner_error(self, corners):
+        """How far from corners (B, 8, 2) were those of the last `features`? In units of 20 px."""
         return F.l1_loss(self.located, corners) / FINE
 
 

@@ -464,25 +464,26 @@ class Painter:
         self.background = np.where(self.free, BACKGROUND, WALL).astype(np.uint8)
         self.draw_block(self.background, np.array(goal), 0.5, TARGET, TARGET)
         self.picture = np.zeros((size, size, 3), np.uint8)
-        self.resample(self.background, self.picture, *np.indices((size, size)).reshape(2, -1))
+        self.resample(self.background[None], self.picture[None], np.ones((1, size, size), bool))
 
-    def draw(self, state):
-        """(5,) state -> (size, size, 3) uint8."""
-        canvas, picture = self.background.copy(), self.picture.copy()
-        self.draw_block(canvas, state[2:], 2.5, FILL, EDGE)
-        self.draw_agent(canvas, state[:2])
+    def draw(self, states):
+        """(B, 5) states -> (B, size, size, 3) uint8."""
+        canvas = np.repeat(self.background[None], len(states), 0)
+        pictures = np.repeat(self.picture[None], len(states), 0)
+        for state, part in zip(states, canvas):
+            self.draw_block(part, state[2:], 2.5, FILL, EDGE)
+            self.draw_agent(part, state[:2])
         changed = canvas != self.background
-        changed = changed[::2] | changed[1::2]
-        self.resample(canvas, picture, *(changed[:, ::2] | changed[:, 1::2]).nonzero())
-        return picture
+        changed = changed[:, ::2] | changed[:, 1::2]
+        self.resample(canvas, pictures, changed[:, :, ::2] | changed[:, :, 1::2])
+        return pictures
 
-    def resample(self, canvas, picture, row, column):
-        """Set the pixels (row, column) of the picture to the weighted mean of their taps."""
-        taps = canvas.reshape(self.size, 2, self.size, 2)[row, :, column]
-        upper, left = self.shares[row], self.shares[column]
-        weights = upper[:, :, None] * left[:, None]
-        mean = weights.reshape(-1, 1, 4) @ COLORS[taps].reshape(-1, 4, 3)
-        picture[row, column] = mean[:, 0] + 0.5
+    def resample(self, canvas, pictures, chosen):
+        """Set the chosen pixels (B, size, size) to the weighted mean of their four taps."""
+        index, row, column = np.unravel_index(np.flatnonzero(chosen), chosen.shape)
+        taps = canvas.reshape(-1, self.size, 2, self.size, 2)[index, row, :, column]
+        weights = self.shares[row][:, :, None] * self.shares[column][:, None]
+        pictures[index, row, column] = np.einsum("pij,pijc->pc", weights, COLORS[taps]) + 0.5
 
     def window(self, center, extent):
         """The part of the taps around a point (2,): a slice, and its places, complex."""
@@ -495,7 +496,7 @@ class Painter:
 
     def draw_block(self, canvas, pose, border, inner, edge):
         """Its edge reaches border px out and in; pose (3,); inner, edge: colours."""
-        part, place = self.window(keypoints(pose).mean(0), 90)
+        part, place = self.window(keypoints(pose).mean(0), REACH + 2 * border)
         place = (place - pose[:2] @ [1, 1j]) * np.exp(-1j * pose[2])
         across = np.abs(place.real)
         for (_, top), (half, bottom) in BAR, STEM:
@@ -515,7 +516,7 @@ def draw_states(states, size=96, goal=GOAL):
     """Pictures of states (..., 5) as gym-pusht draws them: (..., size, size, 3) uint8 RGB."""
     states = np.asarray(states, float)
     painter = Painter(size, tuple(goal))
-    images = np.stack([painter.draw(state) for state in states.reshape(-1, 5)])
+    images = painter.draw(states.reshape(-1, 5))
     return images.reshape(*states.shape[:-1], size, size, 3)
 
 

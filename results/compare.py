@@ -51,6 +51,7 @@ FILES = {
     "NEAR": HEAD_OF_RUN.format("near-mlp-decoupled-pretrain-data-demonstrations"),
     "FULL": HEAD_OF_RUN.format("full-mlp-decoupled-pretrain-data-demonstrations"),
     "HUMAN": "--demos runs/human/demonstrations.npz",     # the README tells where they come from
+    "PIXELS": "--observation pixels",
 }
 
 
@@ -159,6 +160,16 @@ PRESETS = {
     "human": Preset("What do human demonstrations take?", """
         206 human demonstrations, DP-MLP | MLP HUMAN | - | -
         """, ("normal", "decoupled"), task="full", seeds=3),
+    "pixels": Preset("Can it see?", """
+        near, state, decoupled                | --task near MLP --decoupled                   | -
+        near, pixels, normal                  | --task near MLP PIXELS                        | -
+        near, pixels, decoupled               | --task near MLP PIXELS ARM                    | -
+        near, pixels, random head             | --task near MLP PIXELS --random-backbone      | -
+        near, pixels, decoupled, paper's loss | --task near MLP PIXELS ARM --corner-weight 0  | -
+        full, state, decoupled                | --task full MLP --decoupled                   | -
+        full, pixels, normal                  | --task full MLP PIXELS                        | -
+        full, pixels, decoupled               | --task full MLP PIXELS ARM                    | -
+        """, task=""),
     "observation": Preset("What must the policy see?", """
         relative corners, two scales        | history                                   | -
         gym-pusht's keypoints               | history                                   | -

@@ -29,6 +29,8 @@ def read_run(folder):
     settings = {key: config[key] for key in KIND}
     if config.get("keep_biases"):     # runs of older code do not have it
         settings["keep_biases"] = True
+    if config.get("observation", "state") != "state":
+        settings |= {key: config[key] for key in ("observation", "corner_weight")}
     if config.get("action_head"):     # made by which run, whatever its seed
         settings["action_head"] = re.sub(r"-seed\d+", "", Path(config["action_head"]).parent.name)
     return read(folder / "summary.json") | {"settings": settings, "curve": read_curve(folder)}

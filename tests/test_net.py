@@ -485,7 +485,7 @@ def test_the_policies_have_the_settings_asked_for(backbone, watch):
     _, stages = watch("--decoupled", "--backbone", backbone, "--executed-actions", "3")
     expected = dict(action_scale=SCALE, action_range=[0, 512], obs_steps=2, executed_actions=3,
                     sampling_steps=10, relative=True, noise_samples=1, loss_steps=None,
-                    temperature=1.0, corner_weight=0.0)
+                    temperature=1.0)
     if backbone == "mlp":
         expected |= dict(noise_samples=2, loss_steps=4)
     for stage in stages.values():

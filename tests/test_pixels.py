@@ -114,7 +114,8 @@ def test_the_loss_minds_the_corners_as_much_as_asked():
     observations, actions = batch()
     losses = []
     for weight in (0.0, 0.3):
-        policy = make_policy(corner_weight=weight, noise_samples=4, loss_steps=4)
+        policy = make_policy(noise_samples=4, loss_steps=4)
+        policy.corner_weight = weight
         torch.manual_seed(1)
         losses.append(policy.loss(observations, actions))
     off = policy.conditioning.encoder.locate(observations["pixels"])[1] - observations["corners"]
@@ -129,7 +130,13 @@ def test_only_the_loss_needs_to_know_the_corners(name, mechanism):
     corners = observations.pop("corners")
     for weight in policy.conditioning.parameters():
         torch.nn.init.normal_(weight, std=0.1) if weight.dim() > 1 else None
-    policy.loss(observations, actions).backward()
+    losses = []
+    for seen in (observations | {"corners": corners + 50}, observations):
+        torch.manual_seed(0)
+        policy.zero_grad()
+        losses.append(policy.loss(seen, actions))
+    losses[1].backward()
+    assert torch.equal(*losses)
     assert all(weight.grad.abs().sum() > 0 for weight in policy.conditioning.encoder.parameters())
     policy.eval()
     acted = [policy.act(seen, torch.Generator().manual_seed(0))
