@@ -230,7 +230,8 @@ where n = num_averaged""",
         hint="Normalise the actions and repeat each row K = `self.noise_samples` times, copies "
              "next to each other. Each has its own k and eps. `choose_steps` then takes a part of "
              "the horizon of both; hand what else it returns to `predict_noise`. Encode the "
-             "observations once, not K times.",
+             "observations once, not K times. (Where `corner_weight` is not 0, that times the "
+             "encoder's `corner_error` is added: for pixels, without marks.)",
         tests=(NET + "test_a_network_that_solves_for_the_noise_has_no_loss[plain]",
                NET + "test_a_network_that_solves_for_the_noise_has_no_loss[both]",
                NET + "test_the_present_position_can_be_given",
@@ -243,9 +244,9 @@ where n = num_averaged""",
         marks=4, minutes=20, needs=("1.1", "1.2", "1.3", "1.5"), row="predict 16, execute 8",
         equation="of a chunk a_{-1}, a_0, ..., a_14: a_0 ... a_{Ta-1} are executed",
         hint="`self.sample` draws a normalised chunk, `denormalise` needs the agent's present "
-             "position, `first_executed` says where a_0 is. `self.conditioning.encoder` has the "
-             "check and the position. Move the observations to the policy's device as float32, and "
-             "keep the targets on the board.",
+             "position, `first_executed` says where a_0 is. `self.conditioning.encoder` has that "
+             "position, and `read`, which checks observations and moves them to the policy's "
+             "device. Keep the targets on the board.",
         tests=(NET + "test_the_first_executed_action_is_that_of_the_present[1-10]",
                NET + "test_the_first_executed_action_is_that_of_the_present[15-10]",
                NET + "test_act_takes_arrays_and_refuses_what_is_no_observation")),
