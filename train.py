@@ -89,7 +89,7 @@ def train_policy(config, run, demonstrations, device):
     """Normal and decoupled training, and their controls; returns the policy in evaluation mode."""
     backbone, stage1 = make_action_head(config), None
     pretrains = config.recipe in ("decoupled", "pretrained") and not config.action_head
-    if pretrains and not run.is_past("stage1"):
+    if pretrains and run.saved["stage"] <= "stage1":     # not past it
         # Stage 1: backbone and a conditioning on joint angles, on free kinematic data.
         stage1 = make_conditioning(backbone, config.pretrain_condition, horizon=HORIZON)
         policy = make_policy(stage1, backbone, config).to(device)
@@ -421,9 +421,6 @@ class Run:
             raise ValueError(f"{self.folder / 'checkpoint.pt'} is another kind of file")
         self.rows, self.seconds = self.saved["rows"], self.saved["seconds"]
         print(f"{self.folder} goes on from {self.saved['stage']}, update {self.saved['step']}")
-
-    def is_past(self, stage):
-        return self.saved["stage"] > stage
 
     def updates(self, stage, steps, policy, trained, average, optimizer, schedule):
         """Yield the numbers of the updates that are left to do; do the book-keeping in between.

@@ -921,7 +921,7 @@ MUTANTS = [
      "test_fit_is_the_loop_written_out_by_hand",
      "A resumed run makes an update twice."),
     ("run-stage1-again", "train.py",
-     'self.saved["stage"] > stage', 'self.saved["stage"] >= stage',
+     'run.saved["stage"] <= "stage1"', 'run.saved["stage"] < "stage1"',
      "test_same_seed_same_numbers_and_resuming_changes_none",
      "A run stopped in stage 1 goes on with stage 2, on a half-trained backbone."),
     # The recipe -----------------------------------------------------------------------------------
