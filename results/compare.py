@@ -81,16 +81,16 @@ class Preset:
 
 
 PRESETS = {
-    "main": Preset("Does freezing cost success, on the whole benchmark?", """
+    "main": Preset("Does freezing cost success?", """
         DP-MLP                                | MLP                 | 64.3 / 65.9 | 61.1 / 61.2 | -
         """, ("normal", "decoupled", "random frozen"), task="full", seeds=3),
-    "recipes": Preset("Does freezing cost success, with every head?", """
+    "recipes": Preset("With every head?", """
         DP-MLP                            | MLP                 | 64.3 / 65.9 | 61.1 / 61.2 | - | -
         DP-C                              | UNET          | 64.0 / 63.6 | 63.4 / 62.2 | - / 0.0 | -
         DP-T, cross-attention             | DPT cross-attention | 59.8 / 60.4 | 38.7 / 19.4 | - | -
         DP-T, FiLM                        | DPT film            | 58.6 / -    | 53.4 / -    | - | -
         """, ("normal", "decoupled", "random frozen", "unfrozen after stage 1"), seeds=3),
-    "conditioning": Preset("Which mechanism survives freezing?", """
+    "conditioning": Preset("Which mechanism survives?", """
         film                                      | DPT film            | 59.5 | 51.8 | -
         additive                                  | DPT additive        | 57.0 | 45.3 | -
         additive, random start                    | history             | -    | -    | x
@@ -127,7 +127,7 @@ PRESETS = {
         100 demonstrations, normal     | MLP --num-demos 100                            | -
         100 demonstrations, decoupled  | MLP --num-demos 100 --decoupled                | -
         """),
-    "size": Preset("How small can the backbone get?", """
+    "size": Preset("How small can it get?", """
         width 8, 4 blocks              | MLP --decoupled --width 8                      | -
         width 32, 4 blocks             | MLP --decoupled --width 32                     | -
         width 64, 4 blocks             | MLP --decoupled --width 64                     | -
@@ -135,7 +135,7 @@ PRESETS = {
         width 128, 2 blocks            | history                                        | -
         width 128, 4 blocks            | MLP --decoupled                                | -
         """),
-    "sharing": Preset("Does one action head serve many tasks?", """
+    "sharing": Preset("Does one head serve all tasks?", """
         near, normal                   | --task near MLP                                | -
         near, head of free arm motion  | --task near MLP --decoupled                    | -
         near, head of near's paths     | --task near MLP --decoupled --pretrain-data demonstrations | -
@@ -170,7 +170,7 @@ PRESETS = {
         full, pixels, normal                  | --task full MLP PIXELS                        | -
         full, pixels, decoupled               | --task full MLP PIXELS ARM                    | -
         """, task=""),
-    "observation": Preset("What must the policy see?", """
+    "observation": Preset("What must it see?", """
         relative corners, two scales        | history                                   | -
         gym-pusht's keypoints               | history                                   | -
         relative corners, absolute actions  | history                                   | -
