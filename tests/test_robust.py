@@ -668,13 +668,14 @@ def test_an_old_python_gets_one_line(tmp_path, monkeypatch):
 
 @stress
 @posix
-def test_the_default_run_needs_less_than_two_gib(tmp_path):
+@pytest.mark.parametrize("observation, gib", [("state", 2), ("pixels", 3)])
+def test_the_default_run_needs_little_memory(observation, gib, tmp_path):
     """All its demonstrations and scenes; fewer updates, which keep nothing."""
     resource = pytest.importorskip("resource")
-    code, _, said = finish(["--decoupled", "--steps", 300, "--stage1-steps", 100, "--device", "cpu"],
-                           tmp_path)
+    code, _, said = finish(["--decoupled", "--observation", observation, "--steps", 300,
+                            "--stage1-steps", 100, "--device", "cpu"], tmp_path)
     assert code == 0, said
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 * 2 ** 20     # KiB on Linux
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < gib * 2 ** 20     # KiB on Linux
 
 
 def growth(job, times):
