@@ -244,7 +244,7 @@ def kinematic_batches(demonstrations, config, device):
 def demonstration_batches(demonstrations, config, device):
     """Stage 2: yields observations, actions (B,T,A), random windows of the demonstrations.
 
-    Pictures are drawn anew for each batch, 0.15 ms each: all of them would take 4 GB.
+    Pictures are drawn anew for each batch, 0.15 ms each: all of them would take 6 GB.
 
     A window starts one step before the present. Steps that are repeated at an episode's edges
     count in the loss, as in the official code; that drops windows with more than 7 of them.
