@@ -64,12 +64,13 @@ SETTINGS = {
         noise_samples={"full": 2, "pixels": 4}, loss_steps=4, sampling_steps=10,
         mirror={"full": False, "demos": True}, temperature={"full": 1.0, "demos": 0.5},
         learning_rate=4e-3, warmup=100, betas=(0.9, 0.98), clip_norm=0.2, ema_decay=0.995,
-        stage1_steps=2500, steps={"full": 18000, "near": 8000, "demos": 12000, "pixels": 12000,
-                                  "near pixels": 6000},
+        stage1_steps=2500, steps={"full": 18000, "near": 8000, "demos": 12000, "pixels": 20000,
+                                  "near pixels": 9000},
         num_demos={"full": 2000, "near": 1500}, episodes=200,
         log_every=100, checkpoint_every=500, play_every=3000,     # multiples of log_every
         time={"full": "8 minutes on 2 cores in bf16, 10 in fp32, for DP-MLP; the others: twice",
-              "near": "4 minutes on 2 cores in bf16, 5 in fp32, for DP-MLP; the others: twice"}),
+              "near": "4 minutes on 2 cores in bf16, 5 in fp32, for DP-MLP; the others: twice",
+              "pixels": "20 minutes on 2 cores in bf16 for DP-MLP, 10 for task near"}),
     "paper": dict(
         batch_size=64, noise_samples=1, loss_steps=None, sampling_steps=None,
         mirror=False, temperature=1.0,
@@ -593,7 +594,7 @@ def make_parser():
          "1500, of a file all")
     flag("--stage1-steps", type=int, metavar="N", help="updates; default 2500, paper 45000")
     flag("--steps", type=int, metavar="N", help="updates in stage 2, or in normal training; "
-         "default 18000, near 8000, of a file 12000, paper 83000")
+         "default 18000, near 8000, of a file 12000, from pixels 20000, near 9000; paper 83000")
     flag("--corner-weight", type=float, metavar="X", default=0.2, help="how much the loss minds where "
          "a policy from pixels sees the block's corners; default 0.2; 0: the paper's loss")
     flag("--learning-rate", type=float, metavar="X", help="highest; default 0.004, paper 0.0001")

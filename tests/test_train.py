@@ -346,7 +346,8 @@ def test_help_states_the_defaults_that_the_settings_hold(capsys):
     told = " ".join(capsys.readouterr().out.split())
     laptop, paper = train.SETTINGS["laptop"], train.SETTINGS["paper"]
     assert (f"default {laptop['steps']['full']}, near {laptop['steps']['near']}, "
-            f"of a file {laptop['steps']['demos']}, paper {paper['steps']}") in told
+            f"of a file {laptop['steps']['demos']}, from pixels {laptop['steps']['pixels']}, "
+            f"near {laptop['steps']['near pixels']}; paper {paper['steps']}") in told
     assert f"default {laptop['stage1_steps']}, paper {paper['stage1_steps']}" in told
     assert f"default {laptop['learning_rate']}, paper {paper['learning_rate']}" in told
     assert laptop["num_demos"] == paper["num_demos"]
