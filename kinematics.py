@@ -73,13 +73,18 @@ class PlanarArm:
         self.base = base
         self.motion = motion
         x, y = base
-        facing = math.atan2(BOARD / 2 - y, BOARD / 2 - x)
-        quarter, fold = math.radians(90), math.radians(150)
+        middle = BOARD / 2
+        facing = math.atan2(middle - y, middle - x)
+        quarter = math.radians(90)
+        fold = math.radians(150)
         self.joint_limits = [(-fold, fold)] * len(link_lengths)
         self.joint_limits[0] = (facing - quarter, facing + quarter)
 
-        nearest = math.dist(base, np.clip(base, 0, BOARD))
-        furthest = math.hypot(max(x, BOARD - x), max(y, BOARD - y))
+        nearest_point = np.clip(base, 0, BOARD)
+        nearest = math.dist(base, nearest_point)
+        across = max(x, BOARD - x)
+        down = max(y, BOARD - y)
+        furthest = math.hypot(across, down)
         reach = sum(link_lengths)
         hole = max(0.0, 2 * max(link_lengths) - reach)    # too near the base to fold back to
         if furthest > reach or nearest < hole:
@@ -265,7 +270,8 @@ def lesson(out):
     print("2. Jacobian in px per rad:", arm.jacobian(pose))
     print("   by automatic differentiation:", torch.func.jacrev(arm.forward)(pose))
 
-    speed = positions.diff(dim=1).norm(dim=-1).flatten()
+    velocity = positions.diff(dim=1)
+    speed = velocity.norm(dim=-1).flatten()
     print("3. Median speed in px a step:", speed.median())
 
     figure = plt.figure(figsize=(12, 5.5), layout="constrained")
