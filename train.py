@@ -255,10 +255,10 @@ def demonstration_batches(demonstrations, config, device):
     window = windows(demonstrations, 1 - OBS_STEPS, HORIZON, device)
     while True:
         chosen = draw(window, config.batch_size)
-        yield observe(states[chosen[:, :OBS_STEPS]], config), actions[chosen]
+        yield observations_of(states[chosen[:, :OBS_STEPS]], config), actions[chosen]
 
 
-def observe(states, config):
+def observations_of(states, config):
     """What is observed of states (B,To,5), as tensors; of pixels also what they show: corners."""
     if config.observation == "state":
         return states
@@ -353,7 +353,7 @@ def draw_curves(rows, path):
     """Loss and success on the way over the updates, from the rows of metrics.csv."""
     from matplotlib.figure import Figure
     axes = Figure(figsize=(10, 4), layout="constrained").subplots(1, 2)
-    for stage in ("stage1", "stage2"):
+    for stage in dict.fromkeys(row[0] for row in rows):
         for axis, column in zip(axes, (3, 5)):
             points = [(row[1], row[column]) for row in rows if row[0] == stage and row[column] != ""]
             axis.plot(*np.reshape(points, (-1, 2)).T, ".-", label=stage)

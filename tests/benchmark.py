@@ -95,7 +95,7 @@ def main():
     sections = ["simulator", *benchmark_heads.BENCHMARKS]
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("section", nargs="*", metavar="SECTION", help="default: all four")
+    parser.add_argument("section", nargs="*", metavar="SECTION", help="default: all five")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each kind")
     parser.add_argument("--pushes", type=int, default=25, help="simulator: those played one at a time")
     parser.add_argument("--heads", nargs="+", default=list(benchmark_heads.HEADS),

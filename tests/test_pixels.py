@@ -32,7 +32,7 @@ def batch(number=4):
     """Observations and actions as `train.demonstration_batches` yields them."""
     config, _ = train.parse(["--observation", "pixels", "--device", "cpu"])
     past = torch.as_tensor(scenes(number), dtype=torch.float32)
-    return train.observe(past, config), torch.rand(number, 16, 2) * 400
+    return train.observations_of(past, config), torch.rand(number, 16, 2) * 400
 
 
 # The encoders ------------------------------------------------------------------------------------
