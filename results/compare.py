@@ -161,14 +161,14 @@ PRESETS = {
         206 human demonstrations, DP-MLP | MLP HUMAN | - | -
         """, ("normal", "decoupled"), task="full", seeds=3),
     "pixels": Preset("Can it see?", """
-        near, state, decoupled                | --task near MLP --decoupled                   | -
-        near, pixels, normal                  | --task near MLP PIXELS                        | -
-        near, pixels, decoupled               | --task near MLP PIXELS ARM                    | -
-        near, pixels, random head             | --task near MLP PIXELS --random-backbone      | -
-        near, pixels, decoupled, paper's loss | --task near MLP PIXELS ARM --corner-weight 0  | -
-        full, state, decoupled                | --task full MLP --decoupled                   | -
-        full, pixels, normal                  | --task full MLP PIXELS                        | -
-        full, pixels, decoupled               | --task full MLP PIXELS ARM                    | -
+        near, state decoupled                 | --task near MLP --decoupled                   | -
+        near, pixels normal                   | --task near MLP PIXELS                        | -
+        near, pixels decoupled                | --task near MLP PIXELS ARM                    | -
+        near, pixels random head              | --task near MLP PIXELS --random-backbone      | -
+        near, pixels decoupled (paper's loss) | --task near MLP PIXELS ARM --corner-weight 0  | -
+        full, state decoupled                 | --task full MLP --decoupled                   | -
+        full, pixels normal                   | --task full MLP PIXELS                        | -
+        full, pixels decoupled                | --task full MLP PIXELS ARM                    | -
         """, task=""),
     "observation": Preset("What must it see?", """
         relative corners, two scales        | history                                   | -
