@@ -618,8 +618,7 @@ def make_parser():
 # What a flag may be, both ends included; beyond lies what no machine or number type holds.
 ALLOWED = {"seed": (0, 2 ** 32 - 1), "width": (1, 10_000), "num_demos": (1, 100_000),
            "stage1_steps": (1, 10 ** 9), "steps": (1, 10 ** 9), "learning_rate": (1e-9, 1e4),
-           "corner_weight": (0, 1e4),
-           "episodes": (1, 10_000)}
+           "corner_weight": (0, 1e4), "episodes": (1, 10_000)}
 
 
 def parse(arguments=None):
