@@ -70,7 +70,7 @@ SETTINGS = {
         log_every=100, checkpoint_every=500, play_every=3000,     # multiples of log_every
         time={"full": "8 minutes on 2 cores in bf16, 10 in fp32, for DP-MLP; the others: twice",
               "near": "4 minutes on 2 cores in bf16, 5 in fp32, for DP-MLP; the others: twice",
-              "pixels": "20 minutes on 2 cores in bf16 for DP-MLP, 10 for task near"}),
+              "pixels": "16 minutes on 2 cores in bf16, 21 in fp32, for DP-MLP; task near: half"}),
     "paper": dict(
         batch_size=64, noise_samples=1, loss_steps=None, sampling_steps=None,
         mirror=False, temperature=1.0,
