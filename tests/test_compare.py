@@ -255,7 +255,7 @@ def test_a_run_of_another_kind_or_none_is_refused(committed, tmp_path):
 
 def test_every_committed_run_knows_its_settings():
     """So --check can find those of its kind; rows that are history have none to compare with."""
-    optional = {"keep_biases", "action_head"}
+    optional = {"keep_biases", "action_head", "observation", "corner_weight"}
     for file in (ROOT / "results").glob("*.json"):
         preset = compare.PRESETS[file.stem]
         history = {label for label, flags, _ in preset.table() if flags.startswith("history")}
