@@ -262,3 +262,4 @@ def test_every_committed_run_knows_its_settings():
         for found in report.read(file)["cells"]:
             assert found["cell"] in history or \
                 set(found["settings"]) - optional == set(report.KIND)
+            assert ("observation" in found.get("settings", {})) == ("pixels" in found["cell"])
