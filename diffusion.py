@@ -107,9 +107,10 @@ class DDPM(nn.Module):
     def timesteps(self, num_steps=None) -> range:
         """The timesteps that `sample` visits, in that order (descending, the last one is 0).
 
-        None: all of them. Otherwise num_steps evenly spaced ones, "leading" in diffusers' words:
+        None: all of them. Otherwise num_steps evenly spaced ones ("leading" spacing in diffusers):
         they end at 0 but do not start at the last timestep (100 timesteps, 10 steps: 90, 80, ...,
-        0), so the first step takes pure noise for actions that keep sqrt(0.02) of their signal.
+        0). So the first call gets pure noise, although at timestep 90 about 14 % of the signal
+        should be left.
 
         Raises ValueError if num_steps is not in 1..num_timesteps.
         """
@@ -160,14 +161,14 @@ class DiffusionPolicy(nn.Module):
     action_scale: T numbers, px, the displacement that becomes 1; larger ones are clipped.
     action_range: (low, high) px, the ends of the board, for each coordinate of an action.
     sampling_steps: DDIM steps of `act`, or None for the paper's full DDPM sampling.
-    noise_samples: K, noise draws per observation in `loss`; the observation is encoded only once.
-    loss_steps: horizon steps per noise draw in `loss`, None for all T. Less is for backbones that
-    do not mix time steps: there a random subset has the same gradient in expectation.
+    noise_samples: K, noise draws for each observation in `loss`, which is encoded only once.
+    loss_steps: how many horizon steps of each noise draw count in `loss`, None for all T. A random
+    part of them is allowed where the backbone does not mix time steps: its gradient is right on
+    average.
     temperature: of the noise in `act`, see DDPM.sample; the paper's is 1.
     Raises ValueError for settings that do not fit each other.
     """
     FILE_FORMAT = 2
-    corner_weight = 0.0     # in `loss`, of what an eye gets wrong; the paper has no such term
 
     def __init__(self, conditioning, backbone, action_scale, action_range, obs_steps=2,
                  executed_actions=8, sampling_steps=10, relative=True, noise_samples=1,
@@ -207,15 +208,16 @@ class DiffusionPolicy(nn.Module):
             return actions * self.action_scale + agent[:, None]
         return self.low + (actions + 1) / 2 * (self.high - self.low)
 
-    def predict_noise(self, noisy_actions, timestep, o, **steps):
+    def predict_noise(self, noisy_actions, timestep, o, steps=None):
         """The whole network: noisy_actions (B,T,A), timestep (B,), encoded observation o -> noise.
 
-        Paper eq. 10: Phi has made o; f_tau, F and G follow. Of the three lines below only the middle
-        one, F, is trained in stage 2 (and Phi): the others are frozen.
+        Paper eq. 10: Phi has made o; f_tau, F and G follow. Stage 2 trains Phi and F, the middle
+        one of the three lines below. The other two lines are frozen.
+        steps: see `choose_steps`; None for all T.
         """
         tau = self.backbone.time_encoder(timestep)
         modulations = self.conditioning(o, tau)
-        return self.backbone(noisy_actions, modulations, **steps)
+        return self.backbone(noisy_actions, modulations, steps)
 
     def loss(self, observations, actions, agent=None):
         """The noise-prediction error, a scalar (Ho, Eq. (14); decoupled action head, eq. 9).
@@ -223,36 +225,38 @@ class DiffusionPolicy(nn.Module):
         observations: what the encoder takes, such as states (B,To,5); actions (B,T,A) px;
         agent (B,A) px, by default the agent's position in the last observation.
         """
+        encoder = self.conditioning.encoder
         if agent is None:
-            agent = self.conditioning.encoder.agent_position(observations)
+            agent = encoder.agent_position(observations)
         clean = self.normalise(actions, agent).repeat_interleave(self.noise_samples, dim=0)
+        perceived = encoder.perceive(observations)
+        o = self.conditioning.encode(perceived)
+
         timestep = torch.randint(self.ddpm.num_timesteps, clean.shape[:1], device=clean.device)
         noise = torch.randn_like(clean)
         clean, noise, steps = self.choose_steps(clean, noise)
         noisy_actions = self.ddpm.add_noise(clean, noise, timestep)
-        o = self.conditioning.encode(observations)
-        predicted_noise = self.predict_noise(noisy_actions, timestep, o, **steps)
-        loss = F.mse_loss(predicted_noise, noise)
-        if self.corner_weight:
-            error = self.conditioning.encoder.corner_error(observations["corners"])
-            loss = loss + self.corner_weight * error
-        return loss
+        predicted_noise = self.predict_noise(noisy_actions, timestep, o, steps)
+        # The paper has the first term alone; the second is 0 but for a policy from pixels.
+        return F.mse_loss(predicted_noise, noise) + encoder.auxiliary_loss(perceived)
 
     def choose_steps(self, clean, noise):
-        """A random `loss_steps` of the T steps of each chunk: clean, noise (B,S,A), and which.
+        """`loss_steps` random ones of the T steps of each chunk: clean, noise (B,S,A), steps (B,S).
 
-        A speed-up of DP-MLP, which denoises each step alone: a quarter of the work an update.
+        A speed-up for DP-MLP, which denoises each step alone: 4 of 16 steps are a quarter of the
+        work. With loss_steps None, everything stays as it is, and steps is None.
         """
         if self.loss_steps is None:
-            return clean, noise, {}
+            return clean, noise, None
         B, T, A = clean.shape
-        steps = torch.rand(B, T, device=clean.device).topk(self.loss_steps).indices      # (B,S)
+        steps = torch.rand(B, T, device=clean.device).topk(self.loss_steps).indices
         index = steps[..., None].expand(-1, -1, A)
-        return clean.gather(1, index), noise.gather(1, index), {"steps": steps}
+        return clean.gather(1, index), noise.gather(1, index), steps
 
     def sample(self, observations, generator=None):
         """Draw normalised chunks (B,T,A) for observations (B, ...), encoded only once."""
-        o = self.conditioning.encode(observations)
+        perceived = self.conditioning.encoder.perceive(observations)
+        o = self.conditioning.encode(perceived)
         shape = (len(o), len(self.action_scale), self.backbone.config["action_dim"])
 
         def denoiser(noisy_actions, timestep):
@@ -302,8 +306,9 @@ class DiffusionPolicy(nn.Module):
             raise ValueError(f"{path} has policy format {found}, this code reads {cls.FILE_FORMAT}")
         try:
             size = dict(saved["backbone"])
-            backbone = BACKBONES[size.pop("name")](**size)
-            conditioning = make_conditioning(backbone, **saved["conditioning"])
+            with torch.random.fork_rng(devices=[]):     # loading must not change what is drawn next
+                backbone = BACKBONES[size.pop("name")](**size)
+                conditioning = make_conditioning(backbone, **saved["conditioning"])
             policy = cls(conditioning, backbone, **saved["policy"]).to(device)
             policy.load_state_dict(saved["weights"])
         except Exception as error:     # anything can be wrong in a file

@@ -4,11 +4,13 @@
     python train.py --backbone mlp                  normal: everything learns from demonstrations
     python train.py --help                          all that can be varied
 
-The recipe is `train_policy`, the training loop is `fit`: read these two first, the rest is
-plumbing. Paper: section IV-B, eq. 9 and 10 (arXiv 2511.12101v1).
+Read two functions first: `train_policy` is the recipe, `fit` is the training loop. The data, the
+evaluation, the settings and the folder of a run follow, in this order.
+Paper: section IV-B, eq. 9 and 10 (arXiv 2511.12101v1).
 """
 import argparse
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -24,9 +26,10 @@ from pathlib import Path
 
 if sys.version_info < (3, 10):
     sys.exit(f"train.py needs Python 3.10 or newer; this is {sys.version.split()[0]}")
-# How long a CPU thread spins before it sleeps. With GNU OpenMP's default, two threads stall each
-# other on a busy machine; with OMP_WAIT_POLICY=PASSIVE, which never spins, they are hardly
-# faster than one. It must be set before torch is imported.
+# A CPU thread that has to wait spins for a while before it sleeps. GNU OpenMP lets it spin for so
+# long that two threads hold each other up on a busy machine. OMP_WAIT_POLICY=PASSIVE lets it sleep
+# at once, and then two threads are hardly faster than one. This number lies between; it must be set
+# before torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -39,169 +42,94 @@ from tqdm import tqdm
 import sim_pusht
 from diffusion import DiffusionPolicy, load_file, whole
 from film import MECHANISMS, make_conditioning
-from heads import BACKBONES, count, make_backbone
+from heads import BACKBONES, SIZES, count, make_backbone
 from kinematics import MOTIONS, PlanarArm
 
 HORIZON, OBS_STEPS, ACTION_DIM = 16, 2, 2      # T, To, A: the paper's, but for A = 10
 EVALUATION_SEED = 100_000                      # scenes from this seed on are in no demonstration
-# The displacement from the agent, in px, that counts as 1 at each horizon step: how far a target
-# runs ahead of the agent, plus the way that the agent makes in the meantime.
+# The displacement from the agent, in px, that counts as 1 at each horizon step. It grows by the
+# 12 px that an agent makes in a step; 30 px is how far a target lies ahead of the agent.
 ACTION_SCALE = [30 + 12 * step for step in range(HORIZON)]
-# PushT's agent trails its target by damping / stiffness = 0.2 s, two control steps. Stage 1 gives
-# the arm's path the same lead over the present position.
+# PushT's agent follows its target damping / stiffness = 0.2 s later, which is two control steps.
+# In stage 1 the targets are the arm's path, so the present is the point of two steps before.
 LEAD = 2
-FORMAT = {"format": DiffusionPolicy.FILE_FORMAT}     # of config.json and action_head.pt
-
-# `paper` is the paper's configuration; `laptop` trains a small network fast: a high
-# learning rate, two noise draws for each encoded observation, a random 4 of the 16 horizon steps.
-# (Where time steps mix, all 16 and one draw: still twice the work.) At such rates training is on
-# the edge: hence the clipped gradients and the small betas[1]. Demonstrations of a file are few,
-# and people disagree: mirror images double them, and the policy acts at a lower temperature.
-# Pictures are dear: fewer observations, more draws. Of the keys that fit a run the last is taken.
-SETTINGS = {
-    "laptop": dict(
-        batch_size={"full": 128, "demos": 256, "pixels": 64},
-        noise_samples={"full": 2, "pixels": 4}, loss_steps=4, sampling_steps=10,
-        mirror={"full": False, "demos": True}, temperature={"full": 1.0, "demos": 0.5},
-        learning_rate=4e-3, warmup=100, betas=(0.9, 0.98), clip_norm=0.2, ema_decay=0.995,
-        stage1_steps=2500, steps={"full": 18000, "near": 8000, "demos": 12000, "pixels": 20000,
-                                  "near pixels": 9000},
-        num_demos={"full": 2000, "near": 1500}, episodes=200,
-        log_every=100, checkpoint_every=500, play_every=3000,     # multiples of log_every
-        time={"full": "8 minutes on 2 cores in bf16, 10 in fp32, for DP-MLP; the others: twice",
-              "near": "4 minutes on 2 cores in bf16, 5 in fp32, for DP-MLP; the others: twice",
-              "pixels": "16 minutes on 2 cores in bf16, 21 in fp32, for DP-MLP; task near: half"}),
-    "paper": dict(
-        batch_size=64, noise_samples=1, loss_steps=None, sampling_steps=None,
-        mirror=False, temperature=1.0,
-        learning_rate=1e-4, warmup=500, betas=(0.95, 0.999), clip_norm=math.inf, ema_decay=0.9999,
-        stage1_steps=45000, steps=83000,
-        num_demos={"full": 2000, "near": 1500}, episodes=200,
-        log_every=100, checkpoint_every=2000, play_every=10000,
-        time="hours on a GPU"),
-}
-SMOKE = dict(batch_size=64, steps=150, stage1_steps=100, num_demos=40, episodes=16, log_every=25,
-             checkpoint_every=50, play_every=50, time="a minute")
 
 
 # The recipe --------------------------------------------------------------------------------------
 
-def train_policy(config, run, demonstrations, device):
-    """Normal and decoupled training, and their controls; returns the policy in evaluation mode."""
-    backbone, stage1 = make_action_head(config), None
-    pretrains = config.recipe in ("decoupled", "pretrained") and not config.action_head
-    if pretrains and run.saved["stage"] <= "stage1":     # not past it
-        # Stage 1: backbone and a conditioning on joint angles, on free kinematic data.
-        stage1 = make_conditioning(backbone, config.pretrain_condition, horizon=HORIZON)
-        policy = make_policy(stage1, backbone, config).to(device)
-        fit("stage1", policy, policy, kinematic_batches(demonstrations, config, device), config, run)
-        save_action_head(backbone, config, run.folder / "action_head.pt")
+def train_policy(config, run, demonstrations):
+    """The paper's recipe and its controls; returns the trained policy in evaluation mode.
 
-    # Stage 2, with a fresh conditioning on observations. Normal training is this alone.
-    _, goal = sim_pusht.TASKS[config.task]
-    conditioning = make_conditioning(backbone, config.observation, obs_steps=OBS_STEPS,
-                                     corners=sim_pusht.KEYPOINTS.tolist(), goal=goal.tolist())
-    if config.keep_biases and stage1:
-        # A control, as in the official code: the mean modulation stays, and of tokens the MLP.
-        kept = "observation_part.bias", "embed.bias", "mlp."
-        conditioning.load_state_dict({name: weight for name, weight in stage1.state_dict().items()
-                                      if name.startswith(kept)}, strict=False)
-    policy = make_policy(conditioning, backbone, config).to(device)
-    if config.observation == "pixels":
-        policy.corner_weight = config.corner_weight
-    trained = policy
+    Stage 1 trains a backbone on free kinematic data, with a conditioning on joint angles that is
+    then thrown away. Stage 2 trains a fresh conditioning on demonstrations. What else stage 2
+    trains is said by requires_grad alone: nothing ("decoupled"), or the backbone as well
+    ("pretrained"). Without stage 1 these are "random-frozen" and "normal".
+    """
+    backbone, stage1 = new_backbone(config), None
+    if config.action_head:
+        backbone = load_backbone(config.action_head, backbone.config)
+    elif config.recipe in ("decoupled", "pretrained") and not run.is_past_stage1:
+        conditioning = make_conditioning(backbone, config.pretrain_condition, horizon=HORIZON)
+        policy = make_policy(conditioning, backbone, config)
+        stage1 = fit("stage1", policy, stage1_batches(demonstrations, config), config, run)  # eq. 9
+        stage1.save(run.folder / "action_head.pt")
+        backbone = stage1.backbone
+
     if config.recipe in ("decoupled", "random-frozen"):
         freeze(backbone)
-        trained = policy.conditioning
-    fit("stage2", policy, trained, demonstration_batches(demonstrations, config, device), config, run)
-    return policy.eval()
+    conditioning = conditioning_on_observations(backbone, config)
+    if config.keep_biases and stage1:
+        copy_biases(stage1.conditioning, conditioning)
+    policy = make_policy(conditioning, backbone, config)
+    return fit("stage2", policy, demonstration_batches(demonstrations, config), config, run)  # eq. 10
 
 
-def make_policy(conditioning, backbone, config):
-    noise_samples, loss_steps = config.noise_samples, config.loss_steps
-    if backbone.mixes_time:     # all 16 steps of a chunk are needed, and work enough
-        noise_samples, loss_steps = 1, None
-    return DiffusionPolicy(conditioning, backbone, ACTION_SCALE, (0.0, sim_pusht.BOARD), OBS_STEPS,
-                           config.executed_actions, config.sampling_steps,
-                           noise_samples=noise_samples, loss_steps=loss_steps,
-                           temperature=config.temperature)
+def fit(stage, policy, batches, config, run):
+    """Train what requires a gradient in `policy`; returns the average policy, in evaluation mode.
 
-
-def make_action_head(config):
-    """The backbone that the flags ask for, random or from the file of --action-head.
-
-    Raises ValueError, in one line, for an impossible one, a bad file, or a file of another one.
+    The average is the exponential moving average (EMA) of the weights. That of a frozen weight is
+    the weight itself. next(batches) gives the arguments of policy.loss. `run` keeps log and
+    checkpoints; a run that goes on begins after the updates that are done.
     """
-    backbone = make_backbone(config.backbone, config.scale, ACTION_DIM, HORIZON,
-                             config.conditioning, config.width)
-    path = config.action_head
-    if path is None:
-        return backbone
-    saved, asked = load_file(path, "action head"), backbone.config | FORMAT
-    try:
-        holds = saved["action_head"]
-        other = [f"{key} {holds.get(key)}, not {asked[key]}" for key in asked
-                 if holds.get(key) != asked[key]]
-        if not other:
-            backbone.load_state_dict(saved["weights"], assign=True)
-    except Exception as error:     # anything can be wrong in a file
-        raise ValueError(f"{path} is no action_head.pt of this code ({error!r:.80})") from None
-    if other:
-        raise ValueError(f"{path} holds another action head than asked for: {'; '.join(other)}")
-    return backbone
+    steps = config.stage1_steps if stage == "stage1" else config.steps
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, betas=config.betas,
+                                  weight_decay=1e-6, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, config.warmup, steps))
+    average = AveragedModel(policy, multi_avg_fn=functools.partial(ema_update, config.ema_decay))
+    policy.train()     # as in the paper, dropout stays on, also in a frozen backbone
+    done = run.begin(stage, steps, policy, average, optimizer, schedule)
 
-
-def save_action_head(backbone, config, path):
-    """Write what stage 1 has made, and by which command, for runs of any task: --action-head."""
-    with whole(path) as unfinished:
-        torch.save(dict(action_head=backbone.config | FORMAT, weights=backbone.state_dict(),
-                        command=config.command, commit=code_version()), unfinished)
+    for step in range(done, steps):
+        with torch.autocast(config.device, torch.bfloat16, config.precision == "bf16"):
+            loss = policy.loss(*next(batches))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, config.clip_norm)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(policy)
+        run.after_update(step, loss)
+    return average.module.eval()
 
 
 def freeze(backbone):
     """Stage 2 trains no weight of the backbone, and all others: the cut is made by module.
 
-    The official code freezes every tensor whose name and shape match one of stage 1, so equal
-    sizes of two conditions would freeze FiLM as well.
+    The official code freezes every tensor whose name and shape are those of one of stage 1. Where
+    the two conditions have equal sizes, that would freeze FiLM as well.
     """
     backbone.requires_grad_(False)
 
 
-def fit(stage, policy, trained, batches, config, run):
-    """Train the module `trained` (the policy, or a part of it) to lower policy.loss.
-
-    AdamW, warm-up then cosine to zero, and an exponential moving average (EMA) of the weights,
-    which is what is left in `trained` at the end. next(batches): the arguments of policy.loss.
-    `run` keeps log and checkpoints between the updates, and may end them (see Run.updates).
-    """
-    steps = config.stage1_steps if stage == "stage1" else config.steps
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=config.learning_rate,
-                                  betas=config.betas, weight_decay=1e-6, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, config.warmup, steps))
-    # Frozen weights need no average: only the trained part is copied.
-    average = AveragedModel(trained, multi_avg_fn=functools.partial(ema_update, config.ema_decay))
-    policy.train()     # frozen or not: as in the paper, dropout stays on in a frozen backbone
-    for _ in run.updates(stage, steps, policy, trained, average, optimizer, schedule):
-        with torch.autocast(config.device, torch.bfloat16, config.precision == "bf16"):
-            loss = policy.loss(*next(batches))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained.parameters(), config.clip_norm)
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(trained)
-        run.losses.append(loss.detach())
-    trained.load_state_dict(average.module.state_dict())
-
-
 def learning_rate_factor(step, warmup, steps):
-    """The share of the highest learning rate in update `step`, which counts from 0."""
+    """The share of the highest learning rate in update `step`, counted from 0: warm-up, cosine."""
     return min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def ema_decay(step, cap):
-    """How much of the average is kept in update `step`: it grows, so that the start is forgotten.
+    """How much of the average is kept in update `step`; it grows, so that the start is forgotten.
 
     As in the official code (EMAModel with power 0.75), which copies twice before it averages.
     """
@@ -216,57 +144,130 @@ def ema_update(cap, averages, weights, num_averaged):
         average.lerp_(weight, 1 - decay)
 
 
+# The parts of a policy ---------------------------------------------------------------------------
+
+def new_backbone(config):
+    """A backbone with random weights. Raises ValueError for an impossible one."""
+    return make_backbone(config.backbone, config.scale, ACTION_DIM, HORIZON, config.conditioning,
+                         config.width)
+
+
+def load_backbone(path, asked):
+    """The backbone of a policy file, which has to be of the configuration `asked` for.
+
+    Raises ValueError, in one line, for a bad file or another backbone.
+    """
+    backbone = DiffusionPolicy.load(path).backbone
+    other = [f"{key} {backbone.config.get(key)}, not {asked[key]}" for key in asked
+             if backbone.config.get(key) != asked[key]]
+    if other:
+        raise ValueError(f"{path} holds another action head than asked for: {'; '.join(other)}")
+    return backbone
+
+
+def conditioning_on_observations(backbone, config):
+    """A fresh pathway for what a policy of this task observes."""
+    _, goal = sim_pusht.TASKS[config.task]
+    settings = dict(obs_steps=OBS_STEPS, corners=sim_pusht.KEYPOINTS.tolist(), goal=goal.tolist())
+    if config.observation == "pixels":
+        settings["corner_weight"] = config.corner_weight
+    return make_conditioning(backbone, config.observation, **settings)
+
+
+def copy_biases(stage1, conditioning):
+    """A control, as in the official code: what does not depend on the observation is kept.
+
+    That is the mean modulation of each layer, or of tokens the bias and the MLP behind them.
+    """
+    kept = "observation_part.bias", "embed.bias", "mlp."
+    biases = {name: weight for name, weight in stage1.state_dict().items() if name.startswith(kept)}
+    conditioning.load_state_dict(biases, strict=False)
+
+
+def make_policy(conditioning, backbone, config):
+    """The policy of these two parts, on the run's device."""
+    noise_samples, loss_steps = config.noise_samples, config.loss_steps
+    if backbone.mixes_time:     # then the loss needs all steps of a chunk, which is work enough
+        noise_samples, loss_steps = 1, None
+    policy = DiffusionPolicy(conditioning, backbone, ACTION_SCALE, (0.0, sim_pusht.BOARD),
+                             OBS_STEPS, config.executed_actions, config.sampling_steps,
+                             noise_samples=noise_samples, loss_steps=loss_steps,
+                             temperature=config.temperature)
+    return policy.to(config.device)
+
+
 # The data ----------------------------------------------------------------------------------------
 
-def kinematic_batches(demonstrations, config, device):
-    """Stage 1: yields joint angles (B,T,N), end-effector positions (B,T,A), present position (B,A).
+def stage1_batches(demonstrations, config):
+    """The batches of stage 1: free ones, which need no demonstration, or those of the control."""
+    if config.pretrain_data == "demonstrations":
+        return own_path_batches(demonstrations, config)
+    return kinematic_batches(config)
 
-    Angles and positions are of the same instants, as in the paper: what the denoiser learns is
-    forward kinematics. Each window is new, made on the device and never stored. The present lies
-    one frame before the first angles, so 1.8 px (RMS) of the target cannot be known.
-    --pretrain-condition takes the positions themselves or nothing instead of the angles (section
-    IV-D of v2), --pretrain-data another motion, or the agent's own in the demonstrations.
+
+def kinematic_batches(config):
+    """Stage 1: yields joint angles (B,T,N), positions (B,T,A) in px, the present position (B,A).
+
+    Angles and end-effector positions are of the same instants, as in the paper: the denoiser
+    learns forward kinematics. Each window is new, made on the device and never stored.
     """
-    own_motion = config.pretrain_data == "demonstrations"
-    arm = PlanarArm(motion=MOTIONS["arm" if own_motion else config.pretrain_data])
-    if own_motion:
-        agents = torch.as_tensor(demonstrations["state"][:, :2], dtype=torch.float32, device=device)
-        window = windows(demonstrations, 0, HORIZON + LEAD, device)
+    arm = PlanarArm(motion=MOTIONS[config.pretrain_data])
     while True:
-        if own_motion:
-            positions = agents[draw(window, config.batch_size)]
-            angles = arm.inverse(positions)
-        else:
-            angles, positions = arm.sample_windows(config.batch_size, HORIZON + LEAD, device=device)
-        condition = angles if config.pretrain_condition == "joints" else positions
-        yield condition[:, LEAD:], positions[:, LEAD:], positions[:, OBS_STEPS - 1]
+        yield stage1_batch(*arm.sample_windows(config.batch_size, HORIZON + LEAD,
+                                               device=config.device), config)
 
 
-def demonstration_batches(demonstrations, config, device):
-    """Stage 2: yields observations, actions (B,T,A), random windows of the demonstrations.
+def own_path_batches(demonstrations, config):
+    """A control: stage 1 on the agent's own paths in the demonstrations, as a hand's path."""
+    agents = torch.as_tensor(demonstrations["state"][:, :2], dtype=torch.float32,
+                             device=config.device)
+    window, arm = windows(demonstrations, 0, HORIZON + LEAD, config.device), PlanarArm()
+    while True:
+        positions = agents[draw(window, config.batch_size)]
+        yield stage1_batch(arm.inverse(positions), positions, config)
 
-    Pictures are drawn anew for each batch, 0.15 ms each: all of them would take 6 GB.
 
-    A window starts one step before the present. Steps that are repeated at an episode's edges
-    count in the loss, as in the official code; that drops windows with more than 7 of them.
+def stage1_batch(angles, positions, config):
+    """Windows of T + LEAD instants -> the condition, the positions to be denoised, the present.
+
+        instant         0    1    2    3   ...  17        T + LEAD = 18
+        present              p
+        denoised                  t0   t1  ...  t15       T = 16; targets are LEAD instants ahead
+        condition                 q0   q1  ...  q15       of the same instants
+
+    The present p is the agent's position when it heads for t1, the first target to be executed. So
+    the way from p to t0, one instant on, is known from the angles alone.
     """
-    states, actions = (torch.as_tensor(demonstrations[name], dtype=torch.float32, device=device)
-                       for name in ("state", "action"))
-    window = windows(demonstrations, 1 - OBS_STEPS, HORIZON, device)
+    condition = angles if config.pretrain_condition == "joints" else positions
+    return condition[:, LEAD:], positions[:, LEAD:], positions[:, OBS_STEPS - 1]
+
+
+def demonstration_batches(demonstrations, config):
+    """Stage 2: yields observations and actions (B,T,A) in px, random windows of demonstrations.
+
+    A window starts one step before the present. At an episode's edges its first or last step is
+    repeated, and repeated steps count in the loss. (So do the official code's, which leaves out
+    windows with more than 7 of them.)
+    """
+    states, actions = (torch.as_tensor(demonstrations[name], dtype=torch.float32,
+                                       device=config.device) for name in ("state", "action"))
+    window = windows(demonstrations, 1 - OBS_STEPS, HORIZON, config.device)
     while True:
         chosen = draw(window, config.batch_size)
         yield observations_of(states[chosen[:, :OBS_STEPS]], config), actions[chosen]
 
 
 def observations_of(states, config):
-    """What is observed of states (B,To,5), as tensors; of pixels also what they show: corners."""
+    """What a policy observes of states (B,To,5), as tensors.
+
+    Pictures are drawn anew for each batch: all of them together would take 6 GB. With a picture
+    come the block's corners (B,8,2) in px, for the encoder's auxiliary loss.
+    """
     if config.observation == "state":
         return states
     _, goal = sim_pusht.TASKS[config.task]
     past = states.cpu().numpy()
     seen = sim_pusht.observe(past, config.observation, goal)
-    if config.observation == "keypoints":
-        return torch.as_tensor(seen, dtype=torch.float32, device=states.device)
     seen["corners"] = sim_pusht.keypoints(past[:, -1, 2:]).astype(np.float32)
     return {name: torch.as_tensor(values, device=states.device) for name, values in seen.items()}
 
@@ -277,9 +278,9 @@ def draw(window, batch_size):
 
 
 def windows(demonstrations, first, length, device):
-    """For each frame, the indices of those from frame + first on, `length` of them: (frames, length).
+    """For each frame, the indices of the frames frame + first, frame + first + 1, ...
 
-    At an episode's edges its first or last frame is repeated.
+    Returns (frames, length). At an episode's edges its first or last frame is repeated.
     """
     ends = torch.as_tensor(demonstrations["episode_ends"], device=device)
     frame = torch.arange(int(ends[-1]), device=device)
@@ -293,7 +294,7 @@ def get_demonstrations(config):
     """The file of --demos, or the scripted expert's demonstrations, made once and kept in runs/."""
     path = config.demos
     if path is None:
-        # The fingerprint makes sure that no kept file outlives a change of the simulator.
+        # The name holds a fingerprint of the simulator, so a changed one makes new demonstrations.
         fingerprint = hashlib.sha1(Path(sim_pusht.__file__).read_bytes()).hexdigest()[:8]
         path = Path(f"runs/demonstrations/{config.task}-{config.num_demos}-{fingerprint}.npz")
         if not path.exists():
@@ -338,15 +339,51 @@ def scores(result):
                 final_coverage=float(result["final_coverage"].mean()))
 
 
-def success_on_the_way(policy, trained, average, config):
-    """The averaged weights in 50 of the scenes. Training goes on as if nothing had happened, and
-    nothing is selected by it (the paper reports the best of 50 checkpoints)."""
-    present = {name: weight.clone() for name, weight in trained.state_dict().items()}
-    trained.load_state_dict(average.module.state_dict())
-    result = evaluate(policy.eval(), config.task, min(50, config.episodes))
-    trained.load_state_dict(present)
-    policy.train()
-    return scores(result)["success_rate"]
+def score_policy(policy, task, episodes, folder, seconds):
+    """Evaluate a policy, draw it into `folder`; returns the first entries of summary.json."""
+    with timed(seconds, "evaluation"):
+        result = evaluate(policy, task, episodes)
+    picture, animation = folder / "rollouts.png", folder / "rollout.gif"
+    with timed(seconds, "figures"), whole(picture) as still, whole(animation) as moving:
+        _, goal = sim_pusht.TASKS[task]
+        sim_pusht.draw_rollouts(result["states"], result["length"], still, moving, goal)
+    return dict(task=task, **scores(result), executed_actions=policy.executed_actions,
+                device=str(policy.action_scale.device.type), threads=torch.get_num_threads(),
+                torch=torch.__version__, commit=code_version())
+
+
+def summarise(policy, config, run):
+    """Evaluate the trained policy; write summary.json and return what is in it."""
+    summary = dict(command=config.command, seed=config.seed)
+    summary |= score_policy(policy, config.task, config.episodes, run.folder, run.seconds)
+    frozen = sum(weight.numel() for weight in policy.parameters() if not weight.requires_grad)
+    updates = dict(stage1=config.stage1_steps, stage2=config.steps)
+    summary |= dict(
+        backbone=config.backbone, conditioning=config.conditioning, recipe=config.recipe,
+        scale=config.scale, precision=config.precision,
+        parameters=dict(backbone=count(policy.backbone), conditioning=count(policy.conditioning),
+                        trained=count(policy) - frozen, frozen=frozen),
+        seconds=dict(run.seconds, total=sum(run.seconds.values())),
+        iterations_per_second={stage: updates[stage] / run.seconds[stage]
+                               for stage in updates if stage in run.seconds})
+    save_json(summary, run.folder / "summary.json")
+    return summary
+
+
+def save_json(values, path):
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+def report(summary, folder):
+    """Say at the end how good the policy is, what it cost and where the pictures are."""
+    print(f"\nscore    {summary['score']:.3f} +- {summary['score_se']:.3f}  mean of max coverage / "
+          f"0.95, at most 1 ({summary['episodes']} unseen scenes, task {summary['task']})\n"
+          f"success  {summary['success_rate']:.3f} +- {summary['success_se']:.3f}  coverage > 0.95 "
+          f"within 300 steps, {summary['executed_actions']} actions executed of each chunk")
+    for key in [key for key, value in summary.items() if isinstance(value, dict)]:
+        print(key, *(f"{name} {number:,.0f}" for name, number in summary[key].items()), sep="  ")
+    print(f"see      rollouts.png, rollout.gif and summary.json in {folder}")
 
 
 def draw_curves(rows, path):
@@ -357,39 +394,242 @@ def draw_curves(rows, path):
         for axis, column in zip(axes, (3, 5)):
             points = [(row[1], row[column]) for row in rows if row[0] == stage and row[column] != ""]
             axis.plot(*np.reshape(points, (-1, 2)).T, ".-", label=stage)
-    axes[0].set(xlabel="update", ylabel="noise-prediction error (MSE)", yscale="log")
-    axes[1].set(xlabel="update", ylabel="success (50 scenes; the last: all)", ylim=(0, 1))
+    axes[0].set(title="What is learned", xlabel="update", yscale="log",
+                ylabel="noise-prediction error (MSE)")
+    axes[1].set(title="What it is good for", xlabel="update", ylim=(0, 1),
+                ylabel="success (in 50 scenes; at the end: in all)")
     axes[0].legend()
     with whole(path) as unfinished:
         axes[0].figure.savefig(unfinished, dpi=110)
 
 
+# The settings ------------------------------------------------------------------------------------
+
+def flag(default, help, **about):
+    """A field of Config that is a flag of the command line: choices or lowest and highest value."""
+    return dataclasses.field(default=default, metadata=dict(help=help, **about))
+
+
+@dataclasses.dataclass
+class Config:
+    """All that decides about a run. Each field with a help text is a flag of the command line.
+
+    Fields that are None get the value that fits the others: see `settings`. In a notebook:
+    train.experiment(train.settings(train.Config(task="near", recipe="decoupled"))).
+    """
+    backbone: str = flag("mlp", "DP-MLP, DP-T or DP-C; default mlp, which a laptop trains best",
+                         choices=sorted(BACKBONES))
+    conditioning: str = flag("film", "how the backbone takes its condition; default film, the "
+                             "paper's", choices=MECHANISMS)
+    recipe: str = flag("normal", None, choices={
+        "normal": None,
+        "decoupled": "--decoupled: pretrain the backbone on free data, freeze it, train the "
+                     "conditioning; default: normal, everything at once on demonstrations",
+        "random-frozen": "--random-backbone: a control, freeze a backbone that learned nothing; "
+                         "default: normal",
+        "pretrained": "--pretrained: a control, as --decoupled, but freeze nothing; "
+                      "default: normal"})
+    task: str = flag("full", "the benchmark; the quick lesson near, where the block is within 60 px "
+                     "and 0.75 rad of the goal; or another goal, far away; default full",
+                     choices=sim_pusht.TASKS)
+    observation: str = flag("state", "the block's pose as numbers, or a picture; default state",
+                            choices=sim_pusht.OBSERVATIONS)
+    seed: int = flag(0, "of initialisation and batches; default 0", low=0, high=2 ** 32 - 1)
+    smoke: bool = flag(False, "all of it once, in a minute; default: off")
+
+    action_head: Path = flag(None, "take the backbone of this policy file, such as the "
+                             "action_head.pt of another run; default: train one", metavar="FILE")
+    keep_biases: bool = flag(False, "a control: stage 2 starts from the biases of stage 1's "
+                             "conditioning (of tokens: from their MLP, too); default: afresh")
+    pretrain_condition: str = flag("joints", "what the denoiser of stage 1 is conditioned on; "
+                                   "default joints, the paper's", choices=["joints", "pose", "none"])
+    pretrain_data: str = flag("arm", "the motion of stage 1: free, too fast, too smooth, or the "
+                              "agent's own in the demonstrations; default arm",
+                              choices=[*MOTIONS, "demonstrations"])
+
+    scale: str = flag("laptop", "small and fast, or the paper's sizes and settings, which take "
+                      "hours on a GPU; default laptop", choices=SIZES)
+    width: int = flag(None, "of DP-MLP or DP-T; default 128 and 96, paper 256", metavar="D", low=1,
+                      high=10_000)
+    demos: Path = flag(None, "demonstrations from an .npz (state, action, episode_ends); default: "
+                       "the scripted expert's", metavar="FILE")
+    num_demos: int = flag(None, "how many demonstrations; default 2000, near 1500, of a file all",
+                          metavar="N", low=1, high=100_000)
+    stage1_steps: int = flag(None, "updates in stage 1; default 2500, paper 45000", metavar="N",
+                             low=1, high=10 ** 9)
+    steps: int = flag(None, "updates in stage 2, or in normal training; default 18000, near 8000, "
+                      "of a file 12000, from pixels 20000, near 9000; paper 83000", metavar="N",
+                      low=1, high=10 ** 9)
+    corner_weight: float = flag(0.2, "of the auxiliary loss, which tells a policy from pixels where "
+                                "the block's corners are; default 0.2; 0: the paper's loss",
+                                metavar="X", low=0, high=1e4)
+    learning_rate: float = flag(None, "the highest; default 0.004, paper 0.0001", metavar="X",
+                                low=1e-9, high=1e4)
+    precision: str = flag("auto", "default auto: bf16 where it is faster (a GPU that has it; DP-MLP "
+                          "and DP-C on a CPU with AVX512-BF16), else fp32",
+                          choices=["auto", "fp32", "bf16"])
+    device: str = flag("auto", "default auto: cuda if any", choices=["auto", "cpu", "cuda"])
+
+    episodes: int = flag(None, "evaluation scenes; default 200", metavar="N", low=1, high=10_000)
+    executed_actions: int = flag(8, "how many actions of each chunk of 16 are carried out; "
+                                 "default 8", metavar="N", low=1, high=HORIZON - OBS_STEPS + 1)
+    out: Path = flag(None, "the run's folder; default runs/<what distinguishes it>",
+                     metavar="FOLDER")
+    resume: bool = flag(False, "go on from the checkpoint in the run's folder; default: a new run")
+
+    # Not on the command line: what `settings` chooses, and the command itself.
+    batch_size: int = None           # observations in an update
+    noise_samples: int = None        # noise draws for each of them
+    loss_steps: int = None           # of the 16 horizon steps in the loss; None: all
+    sampling_steps: int = None       # DDIM steps; None: all 100 of DDPM
+    mirror: bool = None              # also learn from the mirror images of the demonstrations
+    temperature: float = None        # of the noise in acting
+    warmup: int = None               # updates until the learning rate is at its highest
+    betas: tuple = None              # of AdamW
+    clip_norm: float = None          # longer gradients are shortened to this length
+    ema_decay: float = None          # the highest
+    log_every: int = None            # updates
+    checkpoint_every: int = None     # updates, a multiple of log_every
+    play_every: int = None           # updates, a multiple of log_every
+    command: str = ""
+
+
+def settings(config):
+    """The configuration with nothing left to choose. Raises ValueError, in one line, if it is bad.
+
+    `laptop` trains a small network fast, `paper` has the paper's settings.
+    """
+    check(config)
+    values = dict(num_demos=2000, episodes=200, mirror=False, temperature=1.0)
+    if config.task == "near":
+        values.update(num_demos=1500)
+    if config.scale == "paper":
+        values.update(batch_size=64, noise_samples=1, warmup=500, learning_rate=1e-4,
+                      betas=(0.95, 0.999), clip_norm=math.inf, ema_decay=0.9999,
+                      stage1_steps=45000, steps=83000,
+                      log_every=100, checkpoint_every=2000, play_every=10000)
+    else:
+        # A high learning rate, for which the gradients are clipped and the second beta is small.
+        # An observation is encoded once for two noise draws, and each draw is of a random 4 of the
+        # 16 horizon steps. (Backbones that mix time steps take one draw of all 16.)
+        values.update(batch_size=128, noise_samples=2, loss_steps=4, sampling_steps=10,
+                      learning_rate=4e-3, warmup=100, betas=(0.9, 0.98), clip_norm=0.2,
+                      ema_decay=0.995, stage1_steps=2500, steps=18000,
+                      log_every=100, checkpoint_every=500, play_every=3000)
+        if config.task == "near":
+            values.update(steps=8000)
+        if config.demos:
+            # A file's demonstrations are few: their mirror images double them. People disagree
+            # about the way, and a lower temperature keeps to what most of them do.
+            values.update(steps=12000, batch_size=256, mirror=True, temperature=0.5)
+        if config.observation == "pixels":
+            # Pictures are expensive: fewer observations in a batch, more noise draws of each.
+            values.update(steps=9000 if config.task == "near" else 20000,
+                          batch_size=64, noise_samples=4)
+    if config.smoke:
+        values.update(batch_size=64, steps=150, stage1_steps=100, num_demos=40, episodes=16,
+                      log_every=25, checkpoint_every=50, play_every=50)
+    if config.demos:
+        values.update(num_demos=None)     # all of the file's
+
+    if config.device == "auto":
+        values.update(device="cuda" if torch.cuda.is_available() else "cpu")
+    if config.precision == "auto":
+        fast = has_fast_bf16(values.get("device", config.device), config.backbone)
+        values.update(precision="bf16" if fast else "fp32")
+    chosen = {name: value for name, value in values.items()
+              if getattr(config, name) in (None, "auto")}
+    return dataclasses.replace(config, **chosen)
+
+
+def check(config):
+    """Raise ValueError, in one line, for a value that is not allowed or means nothing."""
+    for field in dataclasses.fields(config):
+        value, about = getattr(config, field.name), field.metadata
+        name = f"--{field.name.replace('_', '-')}" + f" {value}" * (value is not True)
+        if value == field.default:
+            continue
+        if value not in about.get("choices", [value]):
+            raise ValueError(f"{name} is unknown; allowed: {', '.join(about['choices'])}")
+        if "low" in about and not about["low"] <= value <= about["high"]:
+            raise ValueError(f"{name} is out of range; allowed: {about['low']} to {about['high']}")
+        if value == Path():     # an empty name as well
+            raise ValueError(f"{name} is no name of its own for a file or folder")
+        if field.name == "corner_weight" and config.observation != "pixels":
+            raise ValueError(f"{name} means nothing without --observation pixels")
+        if field.name in ("pretrain_condition", "pretrain_data", "keep_biases", "action_head"):
+            if config.recipe in ("normal", "random-frozen"):
+                raise ValueError(f"{name} means nothing without --decoupled or --pretrained")
+            if config.action_head and field.name != "action_head":
+                raise ValueError(f"{name} means nothing with --action-head: stage 1 is over")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but this PyTorch sees no CUDA GPU; allowed here: cpu, auto")
+
+
+def has_fast_bf16(device, backbone):
+    """Does bfloat16 make training faster? On a CPU the transformer's attention gets slower by it."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    # PyTorch has no public name for it, an older one none at all: then bool(), which is False.
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+    return backbone != "transformer" and supported()
+
+
+def make_parser():
+    """The command line: a flag for each field of Config that has a help text."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    # One line instead of the whole usage text.
+    parser.error = lambda message: parser.exit(2, f"train.py: {message} (--help tells more)\n")
+    for field in dataclasses.fields(Config):
+        about = dict(field.metadata)
+        name = f"--{field.name.replace('_', '-')}"
+        rules = {key: about[key] for key in ("choices", "metavar", "help") if key in about}
+        if field.name == "recipe":
+            group = parser.add_mutually_exclusive_group()
+            for recipe, text in about["choices"].items():
+                if text:
+                    name, _, text = text.partition(": ")
+                    group.add_argument(name, dest="recipe", action="store_const", const=recipe,
+                                       default="normal", help=text)
+        elif field.type is bool and about:
+            parser.add_argument(name, action="store_true", **rules)
+        elif about:
+            parser.add_argument(name, type=field.type, default=field.default, **rules)
+    return parser
+
+
+def parse(arguments=None):
+    """The configuration that the command line asks for, and the function that reports bad input."""
+    parser = make_parser()
+    config = Config(**vars(parser.parse_args(arguments)))
+    given = sys.argv[1:] if arguments is None else arguments
+    config.command = shlex.join(["python", "train.py", *given])
+    try:
+        return settings(config), parser.error
+    except ValueError as error:
+        parser.error(error)
+
+
 # A run and its folder ----------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def timed(seconds, phase):
-    """Add what the block takes to seconds[phase]."""
-    start = time.perf_counter()
-    yield
-    seconds[phase] = seconds.get(phase, 0) + time.perf_counter() - start
-
-
 class Run:
-    """What a run keeps: its folder, seconds per phase, the rows of metrics.csv, its checkpoint.
+    """A run's folder and what is kept there: its log, its checkpoint, the seconds of each phase.
 
-    A folder belongs to the run whose config.json is in it, from its first moment on. With --resume
-    the run goes on from checkpoint.pt (two that do so at once write the same bits). Raises
-    ValueError or OSError if it cannot, or if a new run cannot have the folder.
+    A folder belongs to the run whose config.json is in it, from its first moment on. Whatever ends
+    the process, --resume goes on from the last checkpoint, to the same bits. Raises ValueError or
+    OSError if it cannot, or if a new run cannot have the folder.
     """
+    FORMAT = 3     # of config.json and checkpoint.pt
     MAY_DIFFER = "out", "resume", "device", "command"     # the work is the same
 
     def __init__(self, config):
-        self.config = config
-        self.saved = {"stage": ""}     # before any stage
-        self.seconds, self.rows, self.losses = {}, [], []
+        self.config, self.bar = config, None
+        self.seconds, self.rows, self.saved = {}, [], {"stage": None}
         self.folder = config.out or default_folder(config)
-        settings = {key: value for key, value in vars(config).items() if key not in self.MAY_DIFFER}
-        text = json.dumps(settings | FORMAT, indent=1, default=str)
+        settings = {name: value for name, value in vars(config).items()
+                    if name not in self.MAY_DIFFER}
+        text = json.dumps(settings | {"format": self.FORMAT}, indent=1, default=str)
         if config.resume:
             self.load(json.loads(text))
             return
@@ -410,83 +650,112 @@ class Run:
             raise ValueError(f"nothing to resume: there is no {path}; leave out --resume") from None
         except (ValueError, TypeError, RecursionError):
             raise ValueError(f"{path} is damaged; move its folder away, begin anew") from None
+        if before.get("format") != self.FORMAT:
+            raise ValueError(f"{path} is of another version of this code (format "
+                             f"{before.get('format')}, here {self.FORMAT}): begin anew")
         changed = [f"{key} was {before.get(key)!r}, is {asked.get(key)!r}"
                    for key in before | asked if before.get(key) != asked.get(key)]
         if changed:
             raise ValueError(f"{path}: --resume needs the run's own flags: " + "; ".join(changed))
-        if not (self.folder / "checkpoint.pt").exists():
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
             print(f"{self.folder} has no checkpoint yet: the run begins anew")
             return
-        self.saved = load_file(self.folder / "checkpoint.pt", "checkpoint")
+        self.saved = load_file(path, "checkpoint")
         if "rows" not in self.saved:
-            raise ValueError(f"{self.folder / 'checkpoint.pt'} is another kind of file")
+            raise ValueError(f"{path} is another kind of file")
         self.rows, self.seconds = self.saved["rows"], self.saved["seconds"]
         print(f"{self.folder} goes on from {self.saved['stage']}, update {self.saved['step']}")
 
-    def updates(self, stage, steps, policy, trained, average, optimizer, schedule):
-        """Yield the numbers of the updates that are left to do; do the book-keeping in between.
+    @property
+    def is_past_stage1(self):
+        """Does this run go on in stage 2? Its checkpoint then holds what stage 1 has made."""
+        return self.saved["stage"] == "stage2"
 
-        Whatever ends the process, --resume goes on from the last checkpoint, bit for bit. A loss
-        that becomes NaN raises ArithmeticError and leaves that checkpoint as it is.
+    def begin(self, stage, steps, policy, average, optimizer, schedule):
+        """To be called before the first update; returns how many are done already."""
+        self.stage, self.steps, self.losses = stage, steps, []
+        self.parts = dict(policy=policy, average=average, optimizer=optimizer, schedule=schedule)
+        done = 0
+        if self.saved["stage"] == stage:
+            done = self.restore()
+        else:
+            self.checkpoint(0)
+        trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+        tqdm.write(f"{stage}: {steps:,} updates; trained {trained:,} parameters, "
+                   f"frozen {count(policy) - trained:,}")
+        self.bar = tqdm(desc=stage, initial=done, total=steps, mininterval=1)
+        self.clock = time.perf_counter()
+        return done
+
+    def after_update(self, step, loss):
+        """All that is not the algorithm: log, curve, checkpoint, and playing on the way.
+
+        Raises ArithmeticError if the loss or a weight becomes NaN; the last checkpoint stays good.
         """
-        tqdm.write(f"{stage}: {steps:,} updates; trained {count(trained):,} parameters, "
-                   f"frozen {count(policy) - count(trained):,}")
-        config = self.config
-        parts = dict(policy=policy, average=average, optimizer=optimizer, schedule=schedule)
-        done = self.restore(stage, parts)
-        bar = tqdm(range(done + 1, steps + 1), stage, initial=done, total=steps, mininterval=1)
-        for step in bar:
-            with timed(self.seconds, stage):
-                yield step
-            if step % config.log_every == 0 or step == steps:
-                loss = self.mean_loss(stage, step, average)
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                success = ""
-                if stage == "stage2" and step % config.play_every == 0 and step < steps:
-                    with timed(self.seconds, "evaluation"):
-                        success = success_on_the_way(policy, trained, average, config)
-                self.log(stage, step, loss, schedule.get_last_lr()[0], success)
-            if step % config.checkpoint_every == 0 or step == steps:
-                self.checkpoint(stage, step, parts)
+        config, done = self.config, step + 1
+        self.losses.append(loss.detach())
+        self.bar.update()
+        is_last = done == self.steps
+        is_logged = done % config.log_every == 0 or is_last
+        if is_logged:
+            loss = self.mean_loss(done)     # waits for the GPU
+        now = time.perf_counter()
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0) + now - self.clock
+        if is_logged:
+            success = ""
+            if self.stage == "stage2" and done % config.play_every == 0 and not is_last:
+                success = self.success_on_the_way()
+            self.log(done, loss, self.parts["schedule"].get_last_lr()[0], success)
+        if done % config.checkpoint_every == 0 or is_last:
+            self.checkpoint(done)
+        if is_last:
+            self.close()
+        self.clock = time.perf_counter()
 
-    def mean_loss(self, stage, step, average):
+    def mean_loss(self, done):
         """The mean since the last call; ArithmeticError if it, or a weight, is no number."""
-        with timed(self.seconds, stage):
-            loss = float(torch.stack(self.losses).mean())     # waits for the GPU
+        loss = float(torch.stack(self.losses).mean())
         self.losses = []
-        if not all(weight.isfinite().all() for weight in average.parameters()):
+        if not all(weight.isfinite().all() for weight in self.parts["average"].parameters()):
             loss = math.nan     # it will be, from the next update on
         if not math.isfinite(loss):
-            raise ArithmeticError(f"the loss became {loss} in {stage}, update {step}; try a lower "
-                                  f"--learning-rate than {self.config.learning_rate:g}")
+            raise ArithmeticError(f"the loss became {loss} in {self.stage}, update {done}; try a "
+                                  f"lower --learning-rate than {self.config.learning_rate:g}")
+        self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         return loss
 
-    def log(self, stage, step, *values):
+    def success_on_the_way(self):
+        """Of the average policy, in 50 of the scenes. It is shown, and nothing is selected by it
+        (the paper reports the best of 50 checkpoints)."""
+        policy = self.parts["average"].module.eval()
+        with timed(self.seconds, "evaluation"):
+            result = evaluate(policy, self.config.task, min(50, self.config.episodes))
+        return scores(result)["success_rate"]
+
+    def log(self, done, *values):
         """A row of metrics.csv, which is written anew: an interrupted run's may be ahead of it."""
-        self.rows.append([stage, step, round(self.seconds[stage], 2), *values])
+        self.rows.append([self.stage, done, round(self.seconds[self.stage], 2), *values])
         header = ["stage", "step", "seconds", "loss", "learning_rate", "success"]
         lines = [",".join(map(str, row)) + "\n" for row in [header, *self.rows]]
         with contextlib.suppress(PermissionError):     # open in a spreadsheet: the next time, then
             with whole(self.folder / "metrics.csv") as unfinished:
                 unfinished.write_text("".join(lines), encoding="utf-8")
 
-    def checkpoint(self, stage, step, parts):
+    def checkpoint(self, done):
         """Keep all that `fit` needs to go on as if nothing had happened."""
-        saved = {name: part.state_dict() for name, part in parts.items()}
-        saved.update(stage=stage, step=step, rows=self.rows, seconds=self.seconds,
+        saved = {name: part.state_dict() for name, part in self.parts.items()}
+        saved.update(stage=self.stage, step=done, rows=self.rows, seconds=self.seconds,
                      cpu_random=torch.get_rng_state(), cuda_random=[])
         if torch.cuda.is_available():
             saved["cuda_random"] = torch.cuda.get_rng_state_all()
         with whole(self.folder / "checkpoint.pt") as unfinished:
             torch.save(saved, unfinished)
 
-    def restore(self, stage, parts):
-        """Load the checkpoint if it is of this stage; returns how many updates are done."""
-        if self.saved["stage"] != stage:
-            self.checkpoint(stage, 0, parts)
-            return 0
+    def restore(self):
+        """Load the checkpoint into the parts; returns how many updates are done."""
         try:
-            for name, part in parts.items():
+            for name, part in self.parts.items():
                 part.load_state_dict(self.saved[name])
             torch.set_rng_state(self.saved["cpu_random"])
             if self.saved["cuda_random"]:
@@ -495,6 +764,19 @@ class Run:
             raise OSError(f"{self.folder / 'checkpoint.pt'} does not fit this code "
                           f"({error!r:.80}); move its folder away, begin anew") from None
         return self.saved["step"]
+
+    def close(self):
+        """End the progress bar's line."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+@contextlib.contextmanager
+def timed(seconds, phase):
+    """Add what the block takes to seconds[phase]."""
+    start = time.perf_counter()
+    yield
+    seconds[phase] = seconds.get(phase, 0) + time.perf_counter() - start
 
 
 def default_folder(config):
@@ -518,205 +800,15 @@ def code_version():
         return ""
 
 
-def summarise(policy, config, folder, seconds):
-    """Evaluate the policy, draw it into `folder`, write and return summary.json."""
-    with timed(seconds, "evaluation"):
-        result = evaluate(policy, config.task, config.episodes)
-    picture, animation = folder / "rollouts.png", folder / "rollout.gif"
-    with timed(seconds, "figures"), whole(picture) as still, whole(animation) as moving:
-        _, goal = sim_pusht.TASKS[config.task]
-        sim_pusht.draw_rollouts(result["states"], result["length"], still, moving, goal)
-    summary = dict(command=config.command, task=config.task, seed=config.seed, **scores(result),
-                   executed_actions=config.executed_actions, device=config.device,
-                   threads=torch.get_num_threads(), torch=torch.__version__, commit=code_version())
-    if not config.evaluate:
-        frozen = sum(p.numel() for p in policy.parameters() if not p.requires_grad)
-        updates = dict(stage1=config.stage1_steps, stage2=config.steps)
-        summary.update(
-            backbone=config.backbone, conditioning=config.conditioning, recipe=config.recipe,
-            scale=config.scale, precision=config.precision,
-            parameters=dict(backbone=count(policy.backbone),
-                            conditioning=count(policy.conditioning),
-                            trained=count(policy) - frozen, frozen=frozen),
-            seconds=dict(seconds, total=sum(seconds.values())),
-            iterations_per_second={stage: updates[stage] / seconds[stage]
-                                   for stage in updates if stage in seconds})
-    with whole(folder / "summary.json") as unfinished:
-        unfinished.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    return summary
+# The whole of it ---------------------------------------------------------------------------------
 
-
-# The command line --------------------------------------------------------------------------------
-
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    # One line instead of the whole usage text.
-    parser.error = lambda message: parser.exit(2, f"train.py: {message} (--help tells more)\n")
-
-    group = parser.add_argument_group("the recipe")
-    flag, recipe = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    flag("--backbone", default="mlp", choices=sorted(BACKBONES), help="DP-MLP, DP-T or DP-C; "
-         "default mlp, which a laptop trains best")
-    flag("--conditioning", default="film", choices=MECHANISMS, help="how the backbone takes its "
-         "condition; default film, the paper's")
-    recipe("--decoupled", dest="recipe", action="store_const", const="decoupled", default="normal",
-           help="pretrain the backbone on free data, freeze it, train the conditioning; "
-           "default: normal, everything at once on demonstrations")
-    recipe("--random-backbone", dest="recipe", action="store_const", const="random-frozen",
-           help="control: freeze a backbone that learned nothing; default: normal")
-    recipe("--pretrained", dest="recipe", action="store_const", const="pretrained",
-           help="control: as --decoupled, but freeze nothing; default: normal")
-    flag("--task", default="full", choices=sim_pusht.TASKS, help="the benchmark; the quick lesson, "
-         "block within 60 px and 0.75 rad of the goal; or another goal, far away; default full")
-    flag("--observation", default="state", choices=sim_pusht.OBSERVATIONS, help="the block's pose; "
-         "its corners, as gym-pusht gives them; or a picture; default state")
-    flag("--seed", type=int, default=0, help="of initialisation and batches; default 0")
-    flag("--smoke", action="store_true", help="all of it once, in a minute; default: off")
-
-    flag = parser.add_argument_group("stage 1").add_argument
-    flag("--action-head", type=Path, metavar="FILE", help="take the backbone from the "
-         "action_head.pt of another run; default: make one")
-    flag("--keep-biases", action="store_true", help="control: stage 2 starts from the biases of "
-         "stage 1's conditioning, of tokens from their MLP; default: from nothing")
-    flag("--pretrain-condition", default="joints", choices=["joints", "pose", "none"], help="what "
-         "the denoiser is conditioned on; default joints, the paper's")
-    flag("--pretrain-data", default="arm", choices=[*MOTIONS, "demonstrations"], help="the motion: "
-         "free, too fast, too smooth, or the agent's own in the demonstrations; default arm")
-
-    flag = parser.add_argument_group("size and training (paper: with --scale paper)").add_argument
-    flag("--scale", default="laptop", choices=SETTINGS, help="small and fast, or the paper's sizes "
-         "and settings, hours on a GPU; default laptop")
-    flag("--width", type=int, metavar="D", help="of DP-MLP or DP-T; default 128 and 96, paper 256")
-    flag("--demos", metavar="FILE", type=Path, help="demonstrations from an .npz (state, action, "
-         "episode_ends); default: the scripted expert's")
-    flag("--num-demos", type=int, metavar="N", help="how many demonstrations; default 2000, near "
-         "1500, of a file all")
-    flag("--stage1-steps", type=int, metavar="N", help="updates; default 2500, paper 45000")
-    flag("--steps", type=int, metavar="N", help="updates in stage 2, or in normal training; "
-         "default 18000, near 8000, of a file 12000, from pixels 20000, near 9000; paper 83000")
-    flag("--corner-weight", type=float, metavar="X", default=0.2, help="how much the loss minds where "
-         "a policy from pixels sees the block's corners; default 0.2; 0: the paper's loss")
-    flag("--learning-rate", type=float, metavar="X", help="highest; default 0.004, paper 0.0001")
-    flag("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="default auto: bf16 "
-         "where it is faster (a GPU that has it; DP-MLP, DP-C on a CPU with AVX512-BF16), else fp32")
-    flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default auto: cuda if any")
-
-    flag = parser.add_argument_group("evaluation and files").add_argument
-    flag("--episodes", type=int, metavar="N", help="evaluation scenes; default 200")
-    flag("--executed-actions", type=int, choices=range(1, HORIZON - OBS_STEPS + 2), default=8,
-         metavar="N", help="how many actions of each chunk of 16 are carried out; default 8")
-    flag("--evaluate", metavar="POLICY", type=Path, help="train nothing, score this policy.pt (see "
-         "--task, --episodes, --executed-actions); default: train")
-    flag("--out", type=Path, metavar="FOLDER", help="the run's folder; default runs/<what "
-         "distinguishes it>, with --evaluate one beside the policy")
-    flag("--resume", action="store_true", help="go on from the checkpoint in the run's folder; "
-         "default: a new run")
-    return parser
-
-
-# What a flag may be, both ends included; beyond lies what no machine or number type holds.
-ALLOWED = {"seed": (0, 2 ** 32 - 1), "width": (1, 10_000), "num_demos": (1, 100_000),
-           "stage1_steps": (1, 10 ** 9), "steps": (1, 10 ** 9), "learning_rate": (1e-9, 1e4),
-           "corner_weight": (0, 1e4), "episodes": (1, 10_000)}
-
-
-def parse(arguments=None):
-    """The configuration, every default filled in, and the function that reports bad input."""
-    parser = make_parser()
-    config = parser.parse_args(arguments)
-    given = sys.argv[1:] if arguments is None else arguments
-    for key, value in vars(config).items():
-        name = f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
-        if value == parser.get_default(key):
-            continue
-        if value == Path():     # an empty name as well
-            parser.error(f"{name} is no name of its own for a file or folder")
-        low, high = ALLOWED.get(key, (value, value))
-        if not low <= value <= high:
-            parser.error(f"{name} is out of range; allowed: {low} to {high}")
-        if key == "corner_weight" and config.observation != "pixels":
-            parser.error(f"{name} means nothing without --observation pixels")
-        if config.evaluate and key not in ("evaluate", "task", "episodes", "executed_actions",
-                                           "device", "out", "smoke"):
-            parser.error(f"{name} means nothing with --evaluate, which trains nothing")
-        if key.startswith(("pretrain_", "keep_", "action_head")):
-            if config.recipe in ("normal", "random-frozen"):
-                parser.error(f"{name} means nothing without --decoupled or --pretrained")
-            if config.action_head and key != "action_head":
-                parser.error(f"{name} means nothing with --action-head: stage 1 is over")
-    config.command = shlex.join(["python", "train.py", *given])
-    if config.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but this PyTorch sees no CUDA GPU; allowed here: cpu, auto")
-    if config.device == "auto":
-        config.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.precision == "auto":
-        config.precision = "bf16" if has_fast_bf16(config.device, config.backbone) else "fp32"
-    for key, value in (SETTINGS[config.scale] | (SMOKE if config.smoke else {})).items():
-        file_decides = key == "num_demos" and config.demos
-        if getattr(config, key, None) is None and not file_decides:
-            if isinstance(value, dict):
-                kinds = ("full", config.task, "demos" if config.demos else "", config.observation,
-                         f"{config.task} {config.observation}")
-                value = [value[kind] for kind in kinds if kind in value][-1]
-            setattr(config, key, value)
-    return config, parser.error
-
-
-def has_fast_bf16(device, backbone):
-    """Does bfloat16 make training faster? On a CPU the transformer's attention gets slower by it."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported()
-    # PyTorch has no public name for it, an older one none at all: then bool(), which is False.
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
-    return backbone != "transformer" and supported()
-
-
-def announce(config, demonstrations):
-    """Say at the start what will be done, on what, and how long it takes."""
-    print(f"{config.recipe} training of {config.backbone}, scale {config.scale}, on task "
-          f"{config.task} with {len(demonstrations['episode_ends']):,} demonstrations; on "
-          f"{config.device}, {torch.get_num_threads()} thread(s), in {config.precision}: about "
-          f"{config.time}.")
-
-
-def report(summary, folder):
-    """Say at the end how good it is, what it cost, where the results are, what to try next."""
-    print(f"\nscore    {summary['score']:.3f} +- {summary['score_se']:.3f}  mean of max coverage / "
-          f"0.95, at most 1 ({summary['episodes']} unseen scenes, task {summary['task']})\n"
-          f"success  {summary['success_rate']:.3f} +- {summary['success_se']:.3f}  coverage > 0.95 "
-          f"within 300 steps, {summary['executed_actions']} actions executed of each chunk")
-    for key in [key for key, value in summary.items() if isinstance(value, dict)]:
-        print(key, *(f"{name} {number:,.0f}" for name, number in summary[key].items()), sep="  ")
-    print(f"see      rollouts.png, rollout.gif and summary.json in {folder}")
-    if "recipe" in summary:
-        policy = shlex.quote(str(folder / "policy.pt"))
-        print(f"next     python train.py --evaluate {policy} --executed-actions 4")
-
-
-def evaluate_file(config, policy):
-    """--evaluate: score a saved policy; the results go into a folder beside it."""
-    policy.executed_actions = config.executed_actions
-    name = f"{config.evaluate.stem}-{config.task}-executing-{config.executed_actions}"
-    folder = config.out or config.evaluate.with_name(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    summary = summarise(policy, config, folder, {})
-    report(summary, folder)
-    return summary
-
-
-def set_up(config):
-    """The run and its demonstrations, or --evaluate's policy: here all bad input is found."""
-    if config.evaluate:
-        policy = DiffusionPolicy.load(config.evaluate, config.device)
-        _, goal = sim_pusht.TASKS[config.task]
-        own = policy.conditioning.encoder.config.get("goal", goal.tolist())
-        if own != goal.tolist():
-            raise ValueError(f"{config.evaluate} pursues the goal {own}; --task {config.task} has "
-                             f"{goal.tolist()}")
-        return [policy]
-    with torch.device("meta"):     # refuses an impossible one
-        make_action_head(config)
+def begin(config):
+    """The run and its demonstrations; all bad input is found here. Raises ValueError or OSError."""
+    torch.manual_seed(config.seed)
+    with torch.device("meta"):     # shapes without memory: an impossible backbone is refused
+        backbone = new_backbone(config)
+    if config.action_head:
+        load_backbone(config.action_head, backbone.config)
     run = Run(config)     # first: interrupted from here on, the run can be resumed
     try:
         with timed(run.seconds, "demonstrations"):
@@ -728,36 +820,48 @@ def set_up(config):
     return run, demonstrations
 
 
-def train_and_evaluate(config, run, demonstrations):
-    announce(config, demonstrations)
-    policy = train_policy(config, run, demonstrations, torch.device(config.device))
+def experiment(config, run=None, demonstrations=None):
+    """Train and evaluate; returns the summary. For notebooks: experiment(settings(Config(...)))."""
+    if run is None:
+        run, demonstrations = begin(config)
+    print(f"{config.recipe} training of {config.backbone}, scale {config.scale}, on task "
+          f"{config.task} with {len(demonstrations['episode_ends']):,} demonstrations; on "
+          f"{config.device}, {torch.get_num_threads()} thread(s), in {config.precision}")
+    with contextlib.closing(run):
+        policy = train_policy(config, run, demonstrations)
     policy.save(run.folder / "policy.pt")
-    summary = summarise(policy, config, run.folder, run.seconds)
+    summary = summarise(policy, config, run)
     run.rows[-1][-1] = summary["success_rate"]
     draw_curves(run.rows, run.folder / "curves.png")
     report(summary, run.folder)
+    print("next     python -m results.evaluate", shlex.quote(str(run.folder / "policy.pt")),
+          "--executed-actions 4")
     return summary
 
 
 def main(arguments=None):
-    """The command line; returns the summary, for notebooks and tests."""
+    """The command line; returns the summary."""
     config, refuse = parse(arguments)
-    torch.manual_seed(config.seed)
     try:
         try:
-            needed = set_up(config)
+            run, demonstrations = begin(config)
         except (ValueError, OSError) as error:
             refuse(error)
-        return (evaluate_file if config.evaluate else train_and_evaluate)(config, *needed)
-    except (ArithmeticError, OSError) as error:
-        sys.exit(f"train.py: {error}")     # exit code 1
-    except (MemoryError, RuntimeError) as error:
-        if "allocate" not in str(error):
-            raise
-        sys.exit(f"train.py: out of memory ({error!r:.80}); try a smaller --width or --episodes")
+        return experiment(config, run, demonstrations)
     except KeyboardInterrupt:
-        again = "" if config.resume or config.evaluate else " --resume"
+        again = "" if config.resume else " --resume"
         sys.exit(f"\ninterrupted; go on with: {config.command}{again}")
+    except Exception as error:
+        sys.exit(f"train.py: {told(error)}")     # exit code 1
+
+
+def told(error):
+    """What went wrong on the way, in one line; an error of the code itself is raised again."""
+    if isinstance(error, (ArithmeticError, OSError)):
+        return error
+    if isinstance(error, (MemoryError, RuntimeError)) and "allocate" in str(error):
+        return f"out of memory ({error!r:.80}); try a smaller --width or --episodes"
+    raise error
 
 
 if __name__ == "__main__":

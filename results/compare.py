@@ -21,7 +21,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import train
 from results.report import publish, read, read_run
 
 HERE = Path(__file__).parent
@@ -309,9 +308,8 @@ def main():
             print("python", shlex.join(command))
         return
     if missing and not options.collect:
-        minutes = train.SETTINGS["laptop"]["time"][preset.task or "full"]
-        print(f"{len(missing)} runs to go, each {minutes} for DP-MLP, longer for the others; "
-              "interrupt and call again as you like")
+        print(f"{len(missing)} runs to go; each says soon after its start how long it takes. "
+              "Interrupt and call again as you like")
         for command in tqdm(missing, desc=options.preset, unit="run"):
             execute(command)
     cells = collect(preset, options.out / f"{options.preset}.json")
