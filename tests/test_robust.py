@@ -25,7 +25,7 @@ import diffusion
 import sim_pusht
 import train
 from diffusion import DiffusionPolicy
-from results import compare
+from results import compare, evaluate
 
 ROOT = Path(__file__).parent.parent
 posix = pytest.mark.skipif(os.name != "posix", reason="needs signals and limits of POSIX")
@@ -43,11 +43,10 @@ def few_or_all(few, everything):
 # `tiny` is one in this process, with `quick` settings; `SMALL` one in a process of its own.
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(short_episodes):
+def quick(short_episodes, set_intervals):
     """Both stages are logged, saved and played in the middle, after a few updates."""
     with pytest.MonkeyPatch.context() as patch:
-        for key, every in dict(log_every=5, checkpoint_every=10, play_every=20).items():
-            patch.setitem(train.SMOKE, key, every)
+        set_intervals(patch, log_every=5, checkpoint_every=10, play_every=20)
         yield
 
 
@@ -384,9 +383,9 @@ def test_a_damaged_file_is_one_line_that_names_it_or_does_no_harm(
     shutil.copytree(finished, tmp_path / "copy")
     target, = (tmp_path / "copy").rglob(file)
     target.write_bytes(damage(target.read_bytes(), kind, f"{file}{seed}"))
-    monkeypatch.setattr(sys, "argv", ["train.py"])
+    main = evaluate.main if file == "policy.pt" else train.main
     if file == "policy.pt":
-        arguments = ["--evaluate", str(target), "--task", "near", "--episodes", "2", "--device", "cpu"]
+        arguments = [str(target), "--task", "near", "--episodes", "2", "--device", "cpu"]
     elif file == "action_head.pt":
         arguments = tiny(finished / "demos.npz", tmp_path / "new", "--action-head", target)
     elif file == "demos.npz":
@@ -394,12 +393,12 @@ def test_a_damaged_file_is_one_line_that_names_it_or_does_no_harm(
     else:
         arguments = tiny(finished / "demos.npz", tmp_path / "copy" / "run", "--resume")
     try:
-        summary = train.main(arguments)
+        summary = main(arguments)
     except SystemExit as stop:
         text = capsys.readouterr().err.strip()
         assert stop.code == 2 and file in text.splitlines()[-1], text
         assert "Traceback" not in text and len(text.splitlines()[-1]) < 800
-        assert not re.search(r"\n(?!train.py: )", text), text
+        assert not re.search(r"\n(?!(train.py|evaluate): )", text), text
     else:
         if file in ("policy.pt", "checkpoint.pt", "config.json"):
             assert summary["max_coverage"] == \
@@ -429,11 +428,11 @@ def rewritten(path, **entries):
 def test_a_file_of_another_version_is_one_line_that_names_it(file, entries, finished, tmp_path, capsys):
     shutil.copytree(finished / "run", tmp_path / "run")
     rewritten(tmp_path / "run" / file, **entries)
-    arguments = tiny(finished / "demos.npz", tmp_path / "run", "--resume")
-    if file == "policy.pt":
-        arguments = ["--evaluate", str(tmp_path / "run" / file), "--device", "cpu"]
     with pytest.raises(SystemExit) as stop:
-        train.main(arguments)
+        if file == "policy.pt":
+            evaluate.main([str(tmp_path / "run" / file), "--device", "cpu"])
+        else:
+            train.main(tiny(finished / "demos.npz", tmp_path / "run", "--resume"))
     line = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert file in line and len(line.strip().splitlines()) == 1
 
@@ -507,9 +506,9 @@ def test_every_flag_with_every_kind_of_bad_value(flag, capsys):
     ("--decoupled --random-backbone", "--random-backbone"), ("--pretrained --decoupled", "--decoupled"),
     ("--pretrain-data fast", "--pretrain-data"), ("--random-backbone --pretrain-condition none",
                                                   "--pretrain-condition"),
-    ("--evaluate x.pt --resume", "--resume"), ("--evaluate x.pt --steps 3", "--steps"),
-    ("--evaluate x.pt --observation pixels", "--observation"), ("--corner-weight 1", "--observation"),
-    ("--evaluate x.pt --decoupled", "recipe"), ("--backbone unet --conditioning prefix", "prefix"),
+    ("--decoupled --action-head x.pt --keep-biases", "--keep-biases"),
+    ("--action-head x.pt", "--action-head"), ("--evaluate x.pt", "--evaluate"),
+    ("--corner-weight 1", "--observation"), ("--backbone unet --conditioning prefix", "prefix"),
     ("--backbone unet --width 64", "unet"), ("--width 3", "multiple"), ("--seed 4294967296", "--seed"),
     ("--learning-rate 1e-300", "--learning-rate"), ("--episodes 0", "--episodes"), ("stray", "stray"),
     ("--executed-actions 16", "--executed-actions"), ("--num-demos 7 --demos DEMOS", "7"),
@@ -579,12 +578,13 @@ def test_weights_that_are_no_numbers_never_reach_a_checkpoint(demos, tmp_path, m
     assert saved["step"] == 10 and all(v.isfinite().all() for v in saved["average"].values())
 
 
-def test_actions_that_are_no_numbers_are_one_line(finished, tmp_path):
-    saved = torch.load(finished / "run/policy.pt", weights_only=True)
-    saved["weights"]["backbone.output.weight"].fill_(torch.nan)
-    torch.save(saved, tmp_path / "policy.pt")
+def test_actions_that_are_no_numbers_are_one_line(demos, tmp_path, monkeypatch):
+    """A policy whose weights overflow only when it acts."""
+    monkeypatch.setattr(DiffusionPolicy, "sample",
+                        lambda policy, seen, generator: torch.full((len(seen), 16, 2), torch.nan))
     with pytest.raises(SystemExit, match="^train.py: the policy's actions are NaN"):
-        train.main(["--evaluate", str(tmp_path / "policy.pt"), "--episodes", "1", "--device", "cpu"])
+        train.main(tiny(demos, tmp_path / "run"))
+    diffusion.load_file(tmp_path / "run/checkpoint.pt", "checkpoint")
 
 
 # The same numbers twice --------------------------------------------------------------------------
@@ -629,7 +629,9 @@ def test_a_poor_environment_and_an_odd_folder_change_nothing(environment, small,
     (hint,) = [line for line in printed.splitlines() if line.startswith("next ")]
     if "utf-8" in environment.values():     # the only one here that can print the name
         words = shlex.split(hint.removeprefix("next "))
-        code, _, said = finish([*words[2:], "--episodes", 1, "--device", "cpu"], folder, env=POOR)
+        assert words[:3] == ["python", "-m", "results.evaluate"]
+        code, _, said = finish([*words[2:], "--episodes", 1, "--device", "cpu"], folder, script="-m",
+                               env=POOR | {"PYTHONPATH": str(ROOT)})
         assert code == 0, said
 
 
