@@ -52,7 +52,7 @@ def test_an_untrained_policy_does_the_same_in_both(observation, tolerance, tmp_p
                           episode_ends=np.array([4]))
     config.steps = 1
     config.out = tmp_path / "run"
-    policy = train.train_policy(config, train.Run(config), demonstrations, torch.device("cpu"))
+    policy = train.train_policy(config, train.Run(config), demonstrations)
     policy.save(tmp_path / "policy.pt")
     policy = DiffusionPolicy.load(tmp_path / "policy.pt")
     ours = train.evaluate(policy, "full", 4, max_steps=48)["max_coverage"]
