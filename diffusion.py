@@ -167,7 +167,6 @@ class DiffusionPolicy(nn.Module):
     Raises ValueError for settings that do not fit each other.
     """
     FILE_FORMAT = 2
-    corner_weight = 0.0     # in `loss`, of what an eye gets wrong; the paper has no such term
 
     def __init__(self, conditioning, backbone, action_scale, action_range, obs_steps=2,
                  executed_actions=8, sampling_steps=10, relative=True, noise_samples=1,
@@ -230,13 +229,11 @@ class DiffusionPolicy(nn.Module):
         noise = torch.randn_like(clean)
         clean, noise, steps = self.choose_steps(clean, noise)
         noisy_actions = self.ddpm.add_noise(clean, noise, timestep)
-        o = self.conditioning.encode(observations)
+        perceived = self.conditioning.encoder.perceive(observations)
+        o = self.conditioning.encode(perceived)
         predicted_noise = self.predict_noise(noisy_actions, timestep, o, **steps)
-        loss = F.mse_loss(predicted_noise, noise)
-        if self.corner_weight:
-            error = self.conditioning.encoder.corner_error(observations["corners"])
-            loss = loss + self.corner_weight * error
-        return loss
+        auxiliary = self.conditioning.encoder.auxiliary_loss(perceived)
+        return F.mse_loss(predicted_noise, noise) + auxiliary
 
     def choose_steps(self, clean, noise):
         """A random `loss_steps` of the T steps of each chunk: clean, noise (B,S,A), and which.
@@ -252,7 +249,7 @@ class DiffusionPolicy(nn.Module):
 
     def sample(self, observations, generator=None):
         """Draw normalised chunks (B,T,A) for observations (B, ...), encoded only once."""
-        o = self.conditioning.encode(observations)
+        o = self.conditioning.encode(self.conditioning.encoder.perceive(observations))
         shape = (len(o), len(self.action_scale), self.backbone.config["action_dim"])
 
         def denoiser(noisy_actions, timestep):

@@ -99,7 +99,8 @@ def train_policy(config, run, demonstrations, device):
 
     # Stage 2, with a fresh conditioning on observations. Normal training is this alone.
     _, goal = sim_pusht.TASKS[config.task]
-    conditioning = make_conditioning(backbone, config.observation, obs_steps=OBS_STEPS,
+    settings = {"corner_weight": config.corner_weight} if config.observation == "pixels" else {}
+    conditioning = make_conditioning(backbone, config.observation, **settings, obs_steps=OBS_STEPS,
                                      corners=sim_pusht.KEYPOINTS.tolist(), goal=goal.tolist())
     if config.keep_biases and stage1:
         # A control, as in the official code: the mean modulation stays, and of tokens the MLP.
@@ -107,8 +108,6 @@ def train_policy(config, run, demonstrations, device):
         conditioning.load_state_dict({name: weight for name, weight in stage1.state_dict().items()
                                       if name.startswith(kept)}, strict=False)
     policy = make_policy(conditioning, backbone, config).to(device)
-    if config.observation == "pixels":
-        policy.corner_weight = config.corner_weight
     trained = policy
     if config.recipe in ("decoupled", "random-frozen"):
         freeze(backbone)
@@ -265,8 +264,6 @@ def observations_of(states, config):
     _, goal = sim_pusht.TASKS[config.task]
     past = states.cpu().numpy()
     seen = sim_pusht.observe(past, config.observation, goal)
-    if config.observation == "keypoints":
-        return torch.as_tensor(seen, dtype=torch.float32, device=states.device)
     seen["corners"] = sim_pusht.keypoints(past[:, -1, 2:]).astype(np.float32)
     return {name: torch.as_tensor(values, device=states.device) for name, values in seen.items()}
 
