@@ -230,8 +230,8 @@ where n = num_averaged""",
         hint="Normalise the actions and repeat each row K = `self.noise_samples` times, copies "
              "next to each other. Each has its own k and eps. `choose_steps` then takes a part of "
              "the horizon of both; hand what else it returns to `predict_noise`. Encode the "
-             "observations once, not K times. (Where `corner_weight` is not 0, that times the "
-             "encoder's `corner_error` is added: for pixels, without marks.)",
+             "observations once, not K times: `encoder.perceive`, then `encode`. Last, add "
+             "the encoder's `auxiliary_loss`. It is 0 here; from pixels it is a second term.",
         tests=(NET + "test_a_network_that_solves_for_the_noise_has_no_loss[plain]",
                NET + "test_a_network_that_solves_for_the_noise_has_no_loss[both]",
                NET + "test_the_present_position_can_be_given",
