@@ -45,8 +45,12 @@ def make_parser():
 
 
 def task_of(policy, asked):
-    """The task to be played. Raises ValueError if the policy pursues another goal than `asked`."""
-    goal = policy.conditioning.encoder.config["goal"]
+    """The task to be played. Raises ValueError if the policy pursues another goal than `asked`, or
+    none, as that of stage 1."""
+    encoder = policy.conditioning.encoder.config
+    if "goal" not in encoder:
+        raise ValueError(f"the policy observes {encoder['observation']}, not the scenes of a task")
+    goal = encoder["goal"]
     tasks = [name for name, (_, its_goal) in sim_pusht.TASKS.items() if its_goal.tolist() == goal]
     if asked or not tasks:
         if asked not in tasks:
@@ -63,6 +67,8 @@ def main(arguments=None):
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but this PyTorch sees no CUDA GPU; allowed here: cpu")
+    if options.out == Path():     # an empty name as well
+        parser.error(f"--out {options.out} is no name of its own for a folder")
     try:
         policy = DiffusionPolicy.load(options.policy, device)
         task = task_of(policy, options.task)

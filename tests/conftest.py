@@ -1,5 +1,6 @@
 """One thread for every test: the tensors are small, and two threads that wait for each other on a
 busy machine take ten times as long. Has to be set before anything imports torch or numpy."""
+import dataclasses
 import functools
 import os
 import signal
@@ -26,3 +27,19 @@ def short_episodes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "evaluate", functools.partial(train.evaluate, max_steps=20))
         yield
+
+
+@pytest.fixture(scope="session")
+def set_intervals():
+    """set_intervals(patch, log_every=5, play_every=10): from then on, runs log and play so often.
+
+    patch: a MonkeyPatch, which takes it back. Intervals: log_every, checkpoint_every and play_every,
+    counted in updates.
+    """
+    import train
+
+    def set_them(patch, **intervals):
+        original = train.settings
+        patch.setattr(train, "settings",
+                      lambda config: dataclasses.replace(original(config), **intervals))
+    return set_them

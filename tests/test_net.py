@@ -110,6 +110,21 @@ def test_the_present_position_can_be_given():
     assert policy.loss(elsewhere, plan(observations), observations[:, 0, :2]) > 1e-3
 
 
+def test_what_the_encoder_adds_to_the_loss_is_added():
+    """Left out; or given the observations as they came, not what the encoder has perceived."""
+    torch.manual_seed(0)
+    policy, observations, given = solving_policy(noise_samples=3), observe(8), []
+    encoder = policy.conditioning.encoder
+    encoder.perceive = lambda observations: observations + 0
+    encoder.auxiliary_loss = lambda perceived: given.append(perceived) or 0.25
+    policy.conditioning.encode = lambda perceived: given.append(perceived) or Knowing().encode(
+        perceived)
+    loss = policy.loss(observations, plan(observations))
+    assert loss.item() == pytest.approx(0.25, abs=1e-6)
+    encoded, minded = given
+    assert encoded is minded and encoded is not observations
+
+
 def test_every_noise_draw_has_its_own_timestep_and_all_timesteps_are_trained():
     """Timestep 0 or 99 never drawn; one timestep for the batch, or for all draws of a sample."""
     torch.manual_seed(0)
@@ -228,7 +243,7 @@ def decay(step):
 def by_hand():
     """12 updates: AdamW (Loshchilov & Hutter 2019, Alg. 2) with clipping, warm-up, cosine, EMA.
 
-    Returns what each update saw and left: losses (12,), averages (12, 2).
+    Returns what each update saw and left: losses (12,), averages (12, 2), and the last weights (2,).
     """
     weight, mean, square, average = np.array([1.0, -2.0]), 0, 0, 0
     losses, averages = [], []
@@ -244,11 +259,11 @@ def by_hand():
                                   / (np.sqrt(square / (1 - 0.98 ** (step + 1))) + 1e-8))
         average = decay(step) * average + (1 - decay(step)) * weight
         averages.append(average)
-    return np.array(losses), np.array(averages)
+    return np.array(losses), np.array(averages), weight
 
 
-def fitted(tmp_path, policy, trained, targets=TARGETS, **changes):
-    """Let train.fit make the 12 updates of `by_hand` in stage 2; returns the run."""
+def fitted(tmp_path, policy, targets=TARGETS, **changes):
+    """Let train.fit make the 12 updates of `by_hand` in stage 2; returns the average and the run."""
     config, _ = train.parse(["--smoke", "--precision", "fp32", "--device", "cpu", "--steps", "12",
                              "--learning-rate", "0.1", "--out", str(tmp_path / "run")])
     vars(config).update(warmup=4, betas=(0.9, 0.98), clip_norm=4.0, ema_decay=0.8, log_every=3,
@@ -256,25 +271,30 @@ def fitted(tmp_path, policy, trained, targets=TARGETS, **changes):
     vars(config).update(changes)
     batches = ((target,) for target in torch.tensor(targets))
     run = train.Run(config)
-    train.fit("stage2", policy, trained, batches, config, run)
-    return run
+    return train.fit("stage2", policy, batches, config, run), run
+
+
+def numbers_of(policy):
+    return policy.weight.detach().numpy()
 
 
 def test_fit_is_the_loop_written_out_by_hand(tmp_path):
-    """EMA never copied back, a plain mean, or with a constant decay; the schedule not stepped in
-    every update; no warm-up; no clipping; zero_grad forgotten; a wrong weight decay."""
+    """The average never returned, a plain mean, or with a constant decay; the schedule not stepped
+    in every update; no warm-up; no clipping; zero_grad forgotten; a wrong weight decay."""
     policy = TwoNumbers()
-    fitted(tmp_path, policy, policy)
-    _, averages = by_hand()
-    np.testing.assert_allclose(policy.weight.detach(), averages[-1], atol=1e-9)
-    assert policy.learned_in == ["train"] * 12
+    average, _ = fitted(tmp_path, policy)
+    _, averages, weight = by_hand()
+    np.testing.assert_allclose(numbers_of(average), averages[-1], atol=1e-9)
+    np.testing.assert_allclose(numbers_of(policy), weight, atol=1e-9)     # and not the average
+    assert abs(weight - averages[-1]).min() > 0.01
+    assert policy.learned_in == ["train"] * 12 and not average.training
 
 
 def test_the_logged_loss_is_the_mean_since_the_last_row(tmp_path):
     """The losses of all updates averaged again in every row, or only the last one logged."""
     policy = TwoNumbers()
-    run = fitted(tmp_path, policy, policy, log_every=5)
-    losses, _ = by_hand()
+    _, run = fitted(tmp_path, policy, log_every=5)
+    losses, _, _ = by_hand()
     expected = [losses[:5].mean(), losses[5:10].mean(), losses[10:].mean()]
     assert [row[1] for row in run.rows] == [5, 10, 12]
     assert [row[3] for row in run.rows] == pytest.approx(expected)
@@ -284,11 +304,12 @@ def test_a_run_resumed_in_the_middle_ends_as_if_it_had_not_been_stopped(tmp_path
     """Average, optimizer or schedule begun anew; an update made twice; a row twice in the log."""
     policy = TwoNumbers()
     with pytest.raises(StopIteration):     # stopped in update 9; the checkpoint is of update 5
-        fitted(tmp_path, policy, policy, TARGETS[:8])
+        fitted(tmp_path, policy, TARGETS[:8])
     resumed = TwoNumbers()
-    run = fitted(tmp_path, resumed, resumed, TARGETS[5:], resume=True)
-    _, averages = by_hand()
-    np.testing.assert_allclose(resumed.weight.detach(), averages[-1], atol=1e-9)
+    average, run = fitted(tmp_path, resumed, TARGETS[5:], resume=True)
+    _, averages, weight = by_hand()
+    np.testing.assert_allclose(numbers_of(average), averages[-1], atol=1e-9)
+    np.testing.assert_allclose(numbers_of(resumed), weight, atol=1e-9)
     assert [row[1] for row in run.rows] == [3, 6, 9, 12]
 
 
@@ -296,34 +317,35 @@ def test_a_run_resumed_in_the_middle_ends_as_if_it_had_not_been_stopped(tmp_path
 def test_the_loss_is_computed_in_the_precision_asked_for(precision, tmp_path):
     """--precision without effect."""
     policy = TwoNumbers()
-    fitted(tmp_path, policy, policy, precision=precision)
+    fitted(tmp_path, policy, precision=precision)
     assert policy.bf16 == (precision == "bf16")
 
 
 def test_playing_on_the_way_is_done_by_the_average_and_leaves_no_trace(tmp_path, monkeypatch):
     """Played with the present weights or in train mode; training goes on in eval mode, or from the
     average, because the present weights were kept by reference; its time counted as training."""
-    policy, played, clock = TwoNumbers(), [], [0.0]
+    policy, played, clock = TwoNumbers().train(), [], [0.0]
 
     def evaluate(policy, *_):
         clock[0] += 1000
-        played.append((policy.training, policy.weight.detach().numpy().copy()))
+        played.append((policy.training, numbers_of(policy).copy()))
         return dict(max_coverage=np.ones(2), final_coverage=np.zeros(2))
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
-    run = fitted(tmp_path, policy, policy, play_every=6)
-    _, averages = by_hand()
-    (training, weight), = played     # in the middle, not at the end
+    average, run = fitted(tmp_path, policy, play_every=6)
+    _, averages, weight = by_hand()
+    (training, then), = played     # in the middle, not at the end
     assert not training
-    np.testing.assert_allclose(weight, averages[5], atol=1e-9)
-    np.testing.assert_allclose(policy.weight.detach(), averages[-1], atol=1e-9)
+    np.testing.assert_allclose(then, averages[5], atol=1e-9)
+    np.testing.assert_allclose(numbers_of(average), averages[-1], atol=1e-9)
+    np.testing.assert_allclose(numbers_of(policy), weight, atol=1e-9)
     assert policy.learned_in == ["train"] * 12
     assert run.seconds == dict(stage2=0, evaluation=1000)
 
 
-def test_fit_averages_and_optimizes_the_trained_part_alone(tmp_path, monkeypatch):
-    """The frozen part in optimizer or average. It is in train mode as well, for its dropout."""
+def test_fit_optimizes_the_trained_part_alone(tmp_path, monkeypatch):
+    """The frozen part in the optimizer. It is in train mode as well, for its dropout."""
     class WithFrozenPart(nn.Module):
         def __init__(self):
             super().__init__()
@@ -341,11 +363,11 @@ def test_fit_averages_and_optimizes_the_trained_part_alone(tmp_path, monkeypatch
 
     monkeypatch.setattr(torch.optim, "AdamW", adamw)
     policy = WithFrozenPart()
-    fitted(tmp_path, policy, policy.conditioning)
+    average, _ = fitted(tmp_path, policy)
     assert [id(parameter) for parameter in given] == [id(policy.conditioning.weight)]
-    _, averages = by_hand()
-    np.testing.assert_allclose(policy.conditioning.weight.detach(), averages[-1], atol=1e-9)
-    assert policy.backbone.weight.tolist() == [1, -2]
+    _, averages, _ = by_hand()
+    np.testing.assert_allclose(numbers_of(average.conditioning), averages[-1], atol=1e-9)
+    assert policy.backbone.weight.tolist() == average.backbone.weight.tolist() == [1, -2]
     assert policy.backbone.learned_in == ["train"] * 12
 
 
@@ -359,30 +381,38 @@ def demonstrations():
 
 @pytest.fixture
 def watch(tmp_path, monkeypatch):
-    """Run train_policy with some flags -> the policy, and for each stage what fit was given, copies
-    of the policy before and after it, and the modes that its modules were in at each loss."""
+    """Run train_policy with some flags -> the policy, and for each stage: the policy that fit was
+    given, a copy of it from before, what fit returned and a copy of it, what the optimizer was
+    given, and of each loss the batch and the modes that the policy's modules were in."""
     def run(*flags):
         config, _ = train.parse(["--smoke", "--stage1-steps", "3", "--steps", "4", *flags,
                                  "--device", "cpu", "--out", str(tmp_path / "run")])
-        stages, original, loss = {}, train.fit, DiffusionPolicy.loss
+        stages, original, loss, adamw = {}, train.fit, DiffusionPolicy.loss, torch.optim.AdamW
 
-        def fit(stage, policy, trained, *rest):
-            seen = SimpleNamespace(policy=policy, trained=trained, modes=[])
+        def fit(stage, policy, *rest):
+            seen = SimpleNamespace(policy=policy, modes=[], batches=[])
             stages[stage] = seen
             seen.before = copy.deepcopy(policy)
-            original(stage, policy, trained, *rest)
-            seen.after = copy.deepcopy(policy)
+            seen.returned = original(stage, policy, *rest)
+            seen.after = copy.deepcopy(seen.returned)     # stage 2 may train it further
+            return seen.returned
 
         def watched_loss(policy, *batch):
             *_, seen = stages.values()     # the stage that runs
             seen.modes.append({module.training for module in policy.modules()})
+            seen.batches.append(batch)
             return loss(policy, *batch)
+
+        def watched_adamw(parameters, **settings):
+            *_, seen = stages.values()
+            seen.optimized = list(parameters)
+            return adamw(seen.optimized, **settings)
 
         monkeypatch.setattr(train, "fit", fit)
         monkeypatch.setattr(DiffusionPolicy, "loss", watched_loss)
+        monkeypatch.setattr(torch.optim, "AdamW", watched_adamw)
         torch.manual_seed(0)
-        policy = train.train_policy(config, train.Run(config), demonstrations(),
-                                    torch.device("cpu"))
+        policy = train.train_policy(config, train.Run(config), demonstrations())
         return policy, stages
     return run
 
@@ -400,13 +430,15 @@ def trainable(module):
 
 @pytest.mark.parametrize("flag", ["--decoupled", "--pretrained"])
 def test_stage_2_goes_on_with_the_backbone_that_stage_1_left(flag, watch):
-    """Stage 2 on a fresh backbone, or on the one from before stage 1: stage 1 thrown away."""
+    """Stage 2 on a fresh backbone, or on the one from before stage 1: stage 1 thrown away. On the
+    raw weights in place of their average."""
     _, stages = watch(flag)
     stage1, stage2 = stages["stage1"], stages["stage2"]
     equal, both = same(stage1.after.backbone, stage2.before.backbone)
     assert equal == both == set(stage1.after.backbone.state_dict())
     equal, both = same(stage1.before.backbone, stage1.after.backbone)
     assert not equal and both                             # stage 1 trained all of it
+    assert not same(stage1.policy.backbone, stage1.after.backbone)[0]     # and averaged it
 
 
 @pytest.mark.parametrize("flag", ["--decoupled", "--pretrained"])
@@ -445,13 +477,14 @@ def test_a_policy_knows_the_goal_of_its_task(task, watch):
 @pytest.mark.parametrize("flag, frozen", [("--decoupled", True), ("--random-backbone", True),
                                           ("--pretrained", False), (None, False)])
 def test_what_is_trained_in_stage_2(flag, frozen, watch):
-    """Freezing by shape or name; nothing frozen; the frozen backbone left in optimizer and average.
+    """Freezing by shape or name; nothing frozen; the frozen backbone left in the optimizer.
 
     At width 96 some tensors of the backbone are of the same shape as some of the conditioning.
     """
     _, stages = watch("--width", "96", *[flag] if flag else [])
     stage2 = stages["stage2"]
-    assert stage2.trained is (stage2.policy.conditioning if frozen else stage2.policy)
+    trained = stage2.policy.conditioning if frozen else stage2.policy
+    assert {*map(id, stage2.optimized)} == {*map(id, trained.parameters())}
     shapes = [{parameter.shape for parameter in module.parameters()}
               for module in (stage2.policy.conditioning, stage2.policy.backbone)]
     assert shapes[0] & shapes[1]
@@ -471,12 +504,13 @@ def test_which_stages_there_are_and_in_which_mode(flag, watch):
     pretrains = flag in ("--decoupled", "--pretrained")
     assert list(stages) == (["stage1", "stage2"] if pretrains else ["stage2"])
     assert stages["stage2"].modes == [{True}] * 4
-    assert policy is stages["stage2"].policy
+    assert policy is stages["stage2"].returned
     assert not any(module.training for module in policy.modules())
     if pretrains:
         stage1 = stages["stage1"]
         assert stage1.modes == [{True}] * 3
-        assert stage1.trained is stage1.policy and trainable(stage1.before) == {True}
+        assert trainable(stage1.before) == {True}
+        assert {*map(id, stage1.optimized)} == {*map(id, stage1.policy.parameters())}
 
 
 @pytest.mark.parametrize("backbone", ["mlp", "transformer"])
@@ -498,14 +532,26 @@ def test_every_batch_is_drawn_anew():
     """The same batch in every update; a generator that begins again in every stage or run."""
     config, _ = train.parse([])
     own, _ = train.parse(["--decoupled", "--pretrain-data", "demonstrations"])
-    device, drawn = torch.device("cpu"), []
-    for make, settings in ((train.demonstration_batches, config), (train.kinematic_batches, own),
-                           (train.kinematic_batches, config)):
-        for batches in (make(demonstrations(), settings, device) for _ in range(2)):
+    drawn = []
+    for make, settings in ((train.demonstration_batches, config), (train.stage1_batches, own),
+                           (train.stage1_batches, config)):
+        for batches in (make(demonstrations(), settings) for _ in range(2)):
             drawn += [next(batches)[1], next(batches)[1]]
     same = [[torch.equal(one, other) for one in drawn] for other in drawn]
     assert same == np.eye(len(drawn)).tolist()
 
+
+@pytest.mark.parametrize("data", ["arm", "demonstrations"])
+def test_stage_1_moves_freely_or_as_the_demonstrations_do(data, watch):
+    """The control in place of the free motion, or the free motion in place of the control. Angles
+    are a part of each batch, and the same arm's."""
+    _, stages = watch("--decoupled", "--pretrain-data", data)
+    agents = torch.tensor(demonstrations()["state"][:, :2]).float()
+    for angles, positions, present in stages["stage1"].batches:
+        own = (present[:, None] == agents).all(-1).any(-1)
+        assert own.tolist() == [data == "demonstrations"] * len(present)
+        torch.testing.assert_close(PlanarArm().forward(angles), positions, atol=1e-2, rtol=0)
+        assert len(positions) == 64     # that of --smoke
 
 
 @pytest.mark.parametrize("motion", ["arm", "fast"])
@@ -521,7 +567,7 @@ def test_stage_1_pairs_angles_and_positions_of_the_same_instants(motion, monkeyp
 
     monkeypatch.setattr(PlanarArm, "sample_windows", sample_windows)
     config, _ = train.parse(["--decoupled", "--pretrain-data", motion])
-    angles, positions, present = next(train.kinematic_batches(None, config, torch.device("cpu")))
+    angles, positions, present = next(train.stage1_batches(None, config))
     assert angles.shape == (128, 16, 3) and positions.shape == (128, 16, 2)
     assert torch.equal(angles[0, :, 0], positions[0, :, 0])
     # The step that is executed first, index To - 1, leads the present by two.
@@ -536,7 +582,7 @@ def test_num_demos_takes_the_first_episodes_of_a_file(tmp_path):
     assert train.get_demonstrations(config)["episode_ends"].tolist() == [25, 50]    # and mirrored
     config.mirror = False
     taken = train.get_demonstrations(config)
-    states, _ = next(train.demonstration_batches(taken, config, torch.device("cpu")))
+    states, _ = next(train.demonstration_batches(taken, config))
     first = torch.tensor(demonstrations()["state"][:25]).float()
     assert taken["episode_ends"].tolist() == [25]
     assert (states[:, 1, None] == first).all(-1).any(-1).all()     # the present, of each sample
@@ -544,32 +590,20 @@ def test_num_demos_takes_the_first_episodes_of_a_file(tmp_path):
 
 # The command line --------------------------------------------------------------------------------
 
-def test_main_seeds_everything_that_follows(monkeypatch):
-    """--seed without effect."""
+def test_the_seed_decides_over_everything_that_follows(monkeypatch):
+    """--seed without effect, on the command line or in a notebook."""
     seeds = []
 
-    def set_up(config):
+    def new_backbone(config):     # the first that draws
         seeds.append(torch.initial_seed())
         raise ValueError("seen enough")
 
-    monkeypatch.setattr(train, "set_up", set_up)
+    monkeypatch.setattr(train, "new_backbone", new_backbone)
     with pytest.raises(SystemExit):
         train.main(["--seed", "7"])
-    assert seeds == [7]
-
-
-def test_evaluate_executes_as_many_actions_as_asked_for(tmp_path, monkeypatch):
-    """--executed-actions without effect on a saved policy."""
-    backbone = make_backbone("mlp")
-    pathway = film.make_conditioning(backbone, "none", horizon=2)
-    policy = DiffusionPolicy(pathway, backbone, SCALE, action_range=(0, 512))
-    policy.save(tmp_path / "policy.pt")
-    config, _ = train.parse(["--evaluate", str(tmp_path / "policy.pt"), "--executed-actions", "4"])
-    opened = []
-    monkeypatch.setattr(train, "summarise", lambda policy, *rest: opened.append(policy))
-    monkeypatch.setattr(train, "report", lambda *rest: None)
-    train.evaluate_file(config, *train.set_up(config))
-    assert opened[0].executed_actions == 4 and not opened[0].training
+    with pytest.raises(ValueError, match="seen enough"):
+        train.experiment(train.settings(train.Config(seed=8)))
+    assert seeds == [7, 8]
 
 
 # Evaluation --------------------------------------------------------------------------------------
@@ -837,7 +871,7 @@ def test_the_loss_of_a_silent_network_is_one():
     """The mean square of standard normal numbers: 5 standard errors for 8,192 of them are 0.08."""
     torch.manual_seed(0)
     policy, observations = solving_policy(noise_samples=4), observe(64)
-    policy.backbone.forward = lambda noisy_actions, modulations: torch.zeros_like(noisy_actions)
+    policy.backbone.forward = lambda noisy_actions, *_: torch.zeros_like(noisy_actions)
     assert policy.loss(observations, plan(observations)).item() == pytest.approx(1, abs=0.08)
 
 
@@ -858,9 +892,9 @@ def test_act_takes_arrays_and_refuses_what_is_no_observation():
 # The mistakes themselves -------------------------------------------------------------------------
 
 def test_every_planted_mistake_still_finds_its_place():
-    """tests/mutants.py plants some 220 mistakes; a changed line must be changed there as well."""
-    from tests.mutants import MUTANTS, ROOT
-    code = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")}
-    for name, file, old, new, _, _, *more in MUTANTS:
+    """tests/mutants.py plants some 240 mistakes; a changed line must be changed there as well."""
+    from tests.mutants import ELSEWHERE, MUTANTS, ROOT
+    for name, file, old, new, _, _, *more in MUTANTS + ELSEWHERE:
+        text = (ROOT / file).read_text(encoding="utf-8")
         for before, after in [(old, new), *more]:
-            assert code[file].count(before) == 1 and before != after, name
+            assert text.count(before) == 1 and before != after, name

@@ -164,6 +164,16 @@ def test_save_and_load_give_the_same_actions(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["policy.pt"]
 
 
+def test_loading_leaves_the_random_numbers_alone(tmp_path):
+    """Loading builds networks, which draw their weights: what is drawn next must not change."""
+    make_policy().save(tmp_path / "policy.pt")
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    DiffusionPolicy.load(tmp_path / "policy.pt")
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_policy_that_was_given_arrays_can_be_loaded(tmp_path):
     """numpy in a file's configuration is refused on loading: noticed only after training."""
     backbone = make_backbone("mlp")

@@ -46,13 +46,14 @@ def tiny(demos, out, *more):
 class NoRun:
     """Stands in for train.Run, with the file system out of the way."""
 
-    losses = []
+    def begin(self, *parts):
+        return 0
 
-    def updates(self, stage, steps, *parts):
-        return range(steps)
+    def after_update(self, step, loss):
+        pass
 
 
-def fitted(policy, trained, batch, steps=4):
+def fitted(policy, batch, steps=4):
     """Run train.fit for a few updates on one batch: the names of what changed, what was optimized."""
     config, _ = train.parse(["--steps", str(steps), "--device", "cpu"])
     before = {name: value.clone() for name, value in policy.state_dict().items()}
@@ -60,11 +61,13 @@ def fitted(policy, trained, batch, steps=4):
     original = torch.optim.AdamW
     torch.optim.AdamW = lambda params, **kw: optimized.extend(params) or original(optimized, **kw)
     try:
-        train.fit("stage2", policy, trained, itertools.repeat(batch), config, NoRun())
+        average = train.fit("stage2", policy, itertools.repeat(batch), config, NoRun())
     finally:
         torch.optim.AdamW = original
-    after = policy.state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    changed, in_average = ({name for name, value in module.state_dict().items()
+                            if not torch.equal(before[name], value)}
+                           for module in (policy, average))
+    assert changed == in_average     # the average of a frozen weight is that weight, bit for bit
     return changed, {id(p) for p in optimized}
 
 
@@ -79,7 +82,7 @@ def test_stage2_changes_every_conditioning_tensor_and_no_bit_of_the_backbone():
     policy = stage2_policy(observation="state", obs_steps=2, corners=CORNERS, goal=(256, 256, 0.8))
     train.freeze(policy.backbone)
     batch = torch.rand(8, 2, 5) * 400, torch.rand(8, 16, 2) * 400
-    changed, optimized = fitted(policy, policy.conditioning, batch)
+    changed, optimized = fitted(policy, batch)
     parameters = dict(policy.named_parameters())
     conditioning = {name for name in parameters if name.startswith("conditioning.")}
     backbone = {name for name in parameters if name.startswith("backbone.")}
@@ -99,7 +102,7 @@ def test_equal_widths_in_both_stages_freeze_nothing_more():
     policy = DiffusionPolicy(stage2, stage1.backbone, train.ACTION_SCALE, (0, 512), loss_steps=4)
     train.freeze(policy.backbone)
     batch = torch.randn(8, 2, 24), torch.rand(8, 16, 2) * 400, torch.rand(8, 2) * 400
-    changed, _ = fitted(policy, policy.conditioning, batch)
+    changed, _ = fitted(policy, batch)
     assert changed == {f"conditioning.{name}" for name, _ in stage2.named_parameters()}
 
 
@@ -113,7 +116,7 @@ def test_each_recipe_trains_in_stage_2_what_it_says(flags, frozen, moved, demos,
 
     def fit(stage, policy, *rest):
         begun[stage] = {name: value.clone() for name, value in policy.state_dict().items()}
-        original(stage, policy, *rest)
+        return original(stage, policy, *rest)
 
     monkeypatch.setattr(train, "fit", fit)
     summary = run_main(*tiny(demos, tmp_path / "run", *flags))
@@ -147,8 +150,7 @@ def test_the_demonstrations_own_motion_is_the_agents_path(demos):
     """Stage 1 from demonstrations: positions are the agent's, two steps ahead, within an episode."""
     demonstrations = sim_pusht.load_demonstrations(demos)
     config, _ = train.parse(["--decoupled", "--pretrain-data", "demonstrations", "--device", "cpu"])
-    angles, positions, present = next(train.kinematic_batches(demonstrations, config,
-                                                              torch.device("cpu")))
+    angles, positions, present = next(train.stage1_batches(demonstrations, config))
     agents = torch.as_tensor(demonstrations["state"][:, :2], dtype=torch.float32)
     torch.testing.assert_close(train.PlanarArm().forward(angles), positions, atol=1e-2, rtol=0)
     frame = (agents[:, None] == present).all(-1).int().argmax(0)      # the frame that is present
@@ -168,25 +170,40 @@ def head(demos, tmp_path_factory):
     return folder / "action_head.pt"
 
 
-def backbone_of(folder):
-    return DiffusionPolicy.load(folder / "policy.pt").backbone.state_dict()
+def backbone_of(path):
+    """The backbone's weights in a policy file."""
+    return DiffusionPolicy.load(path).backbone.state_dict()
 
 
 def test_policies_made_from_one_file_hold_its_backbone(head, demos, tmp_path):
     """Bit for bit: that of the run that made it, and those of two other tasks."""
-    weights = torch.load(head, weights_only=True)["weights"]
-    backbones = [backbone_of(head.parent)]
+    weights = backbone_of(head)
+    backbones = [backbone_of(head.with_name("policy.pt"))]
     for task in ("near", "away"):
         summary = run_main(*tiny(demos, tmp_path / task, "--decoupled", "--task", task,
                                  "--action-head", head, "--seed", 3))
         assert "stage1" not in summary["seconds"] and summary["parameters"]["frozen"] > 0
         assert not (tmp_path / task / "action_head.pt").exists()
-        backbones.append(backbone_of(tmp_path / task))
+        backbones.append(backbone_of(tmp_path / task / "policy.pt"))
     assert all(torch.equal(value, backbone[name])
                for backbone in backbones for name, value in weights.items())
     run_main(*tiny(demos, tmp_path / "pretrained", "--pretrained", "--action-head", head))
-    learned = backbone_of(tmp_path / "pretrained")
+    learned = backbone_of(tmp_path / "pretrained/policy.pt")
     assert not any(torch.equal(value, learned[name]) for name, value in weights.items())
+    # Any policy file will do: here that of a run which has trained its backbone further.
+    run_main(*tiny(demos, tmp_path / "again", "--decoupled", "--action-head",
+                   tmp_path / "pretrained/policy.pt"))
+    assert all(torch.equal(value, learned[name])
+               for name, value in backbone_of(tmp_path / "again/policy.pt").items())
+
+
+def test_the_file_of_stage_1_holds_the_policy_of_stage_1(head):
+    """Its whole policy, as fit returned it: it denoises a hand's path from joint angles."""
+    policy = DiffusionPolicy.load(head)
+    assert type(policy.conditioning.encoder) is film.JointEncoder
+    config, _ = train.parse(["--decoupled", "--device", "cpu"])
+    torch.manual_seed(0)
+    assert policy.loss(*next(train.stage1_batches(None, config))) < 0.99     # untrained: 1
 
 
 def test_stage_1_may_end_just_before_its_file_is_written(head, demos, tmp_path, monkeypatch):
@@ -194,34 +211,38 @@ def test_stage_1_may_end_just_before_its_file_is_written(head, demos, tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--resume"):
-        patch.setattr(train, "save_action_head", save)
+        patch.setattr(DiffusionPolicy, "save", save)
         run_main(*tiny(demos, tmp_path / "run", "--decoupled"))
     run_main(*tiny(demos, tmp_path / "run", "--decoupled", "--resume"))
-    weights = torch.load(head, weights_only=True)["weights"]
-    again = torch.load(tmp_path / "run" / "action_head.pt", weights_only=True)["weights"]
-    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+    for name in ("action_head.pt", "policy.pt"):
+        weights, again = (torch.load(folder / name, weights_only=True)["weights"]
+                          for folder in (head.parent, tmp_path / "run"))
+        assert all(torch.equal(value, again[key]) for key, value in weights.items())
 
 
 def test_an_action_head_that_cannot_be_used_is_refused(head, capsys, demos, tmp_path):
     """Missing, damaged, foreign, too new, of another backbone or horizon; a recipe without use."""
     good = torch.load(head, weights_only=True)
     (tmp_path / "cut.pt").write_bytes(head.read_bytes()[:5000])
-    others = {"hole": dict(weights={}), "list": dict(action_head=[]),
-              "future": dict(action_head=good["action_head"] | {"format": 99}),
-              "short": dict(action_head=good["action_head"] | {"horizon": 10})}
+    others = {"hole": dict(weights={}), "list": dict(backbone=[]), "future": dict(format=99)}
     for name, entries in others.items():
         torch.save(good | entries, tmp_path / f"{name}.pt")
+    # What an older version of this code kept as action_head.pt.
+    torch.save(dict(action_head=good["backbone"] | {"format": 2}, weights={}), tmp_path / "old.pt")
+    short = make_backbone("mlp", horizon=10)
+    pathway = film.make_conditioning(short, "joints", horizon=10)
+    DiffusionPolicy(pathway, short, train.ACTION_SCALE[:10], (0, 512)).save(tmp_path / "short.pt")
     out = tmp_path / "run"
 
     def line(file, *flags):
         return refused(capsys, *tiny(demos, out, "--action-head", file, *flags))
 
-    assert "no action head file" in line(tmp_path / "nowhere.pt", "--decoupled")
+    assert "no policy file at" in line(tmp_path / "nowhere.pt", "--decoupled")
     assert "cut.pt is not a readable" in line(tmp_path / "cut.pt", "--decoupled")
-    assert "policy.pt is no action_head.pt" in line(head.with_name("policy.pt"), "--decoupled")
-    assert "format 99, not 2" in line(tmp_path / "future.pt", "--decoupled")
+    assert "format 99, this code reads 2" in line(tmp_path / "future.pt", "--decoupled")
+    assert "format None, this code reads 2" in line(tmp_path / "old.pt", "--decoupled")
     for name in ("hole", "list"):
-        assert f"{name}.pt is no action_head.pt" in line(tmp_path / f"{name}.pt", "--decoupled")
+        assert f"{name}.pt does not fit this code" in line(tmp_path / f"{name}.pt", "--decoupled")
     assert "horizon 10, not 16" in line(tmp_path / "short.pt", "--decoupled")
     assert "width 128, not 64" in line(head, "--decoupled", "--width", 64)
     assert "name mlp, not unet" in line(head, "--pretrained", "--backbone", "unet")
@@ -242,7 +263,7 @@ def test_windows_stay_in_their_episode_and_start_one_step_before_the_present():
                           action=np.repeat(frames[:, None] + 100, 2, 1))
     config, _ = train.parse(["--device", "cpu"])
     config.batch_size = 500
-    states, actions = next(train.demonstration_batches(demonstrations, config, torch.device("cpu")))
+    states, actions = next(train.demonstration_batches(demonstrations, config))
     assert states.shape == (500, 2, 5) and actions.shape == (500, 16, 2)
     assert set(states[:, 1, 0].tolist()) == set(range(12))          # every frame is a present
     for present, previous, chunk in zip(states[:, 1, 0].tolist(), states[:, 0, 0].tolist(),
@@ -270,7 +291,7 @@ def test_smoke_writes_every_output(smoke):
     for name in ("config.json", "metrics.csv", "checkpoint.pt", "policy.pt", "curves.png",
                  "rollouts.png", "rollout.gif", "summary.json"):
         assert (folder / name).stat().st_size > 0, name
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob("unfinished-*"))
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["recipe"] == "decoupled" and summary["episodes"] == 16
     assert summary["parameters"]["frozen"] == summary["parameters"]["backbone"] > 0
@@ -290,15 +311,15 @@ def test_smoke_learns(smoke):
         assert losses[-1] < 0.8 * losses[0], stage
 
 
-def test_playing_on_the_way_is_recorded_and_changes_nothing(smoke, demos, tmp_path, monkeypatch):
+def test_playing_on_the_way_is_recorded_and_changes_nothing(smoke, demos, tmp_path, monkeypatch,
+                                                            set_intervals):
     rows = np.genfromtxt(smoke[0] / "metrics.csv", delimiter=",", names=True, dtype=None,
                          encoding=None)
     played = rows[~np.isnan(rows["success"])]
     assert list(zip(played["stage"], played["step"])) == [("stage2", 50), ("stage2", 100)]
     weights = []
     for name, every in (("played", 10), ("not-played", 1000)):
-        monkeypatch.setitem(train.SMOKE, "log_every", 10)
-        monkeypatch.setitem(train.SMOKE, "play_every", every)
+        set_intervals(monkeypatch, log_every=10, play_every=every)
         run_main(*tiny(demos, tmp_path / name))
         weights.append(torch.load(tmp_path / name / "policy.pt", weights_only=True)["weights"])
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
@@ -306,22 +327,21 @@ def test_playing_on_the_way_is_recorded_and_changes_nothing(smoke, demos, tmp_pa
     assert [line.endswith(",") for line in lines] == [False, False, True]      # not at the last
 
 
-def test_evaluate_scores_the_saved_policy(smoke, capsys):
-    summary = run_main("--evaluate", smoke[0] / "policy.pt", "--task", "near", "--episodes", 3,
-                       "--executed-actions", 4, "--device", "cpu")
-    assert summary["executed_actions"] == 4 and summary["episodes"] == 3
-    assert "success" in capsys.readouterr().out
-    line = refused(capsys, "--evaluate", smoke[0] / "policy.pt", "--task", "away")
-    assert "policy.pt pursues the goal [256.0, 256.0" in line and "[256.0, 460.0" in line
+def rows_of(folder):
+    """The lines of metrics.csv, without the seconds."""
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    return [line.split(",")[:2] + line.split(",")[3:] for line in lines]
 
 
 def test_same_seed_same_numbers_and_resuming_changes_none(demos, tmp_path, monkeypatch):
+    """Going on also makes no update again, but for those since the last checkpoint."""
     whole = run_main(*tiny(demos, tmp_path / "whole", "--decoupled"))
     again = run_main(*tiny(demos, tmp_path / "again", "--decoupled"))
     load = lambda name: torch.load(tmp_path / name / "policy.pt", weights_only=True)["weights"]
     assert all(torch.equal(value, load("again")[key]) for key, value in load("whole").items())
     assert whole["max_coverage"] == again["max_coverage"]
-    for stage, stop_at in (("stage1", 7), ("stage2", 11)):
+    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "again")
+    for stage, stop_at, left in (("stage1", 7, 20 + 30), ("stage2", 11, 30)):
         calls = []
         original = DiffusionPolicy.loss
 
@@ -334,25 +354,70 @@ def test_same_seed_same_numbers_and_resuming_changes_none(demos, tmp_path, monke
         monkeypatch.setattr(DiffusionPolicy, "loss", loss)
         with pytest.raises(SystemExit, match="--resume"):
             run_main(*tiny(demos, tmp_path / stage, "--decoupled"))
-        monkeypatch.setattr(DiffusionPolicy, "loss", original)
+        calls.clear()
+        stop_at = -100
         run_main(*tiny(demos, tmp_path / stage, "--decoupled", "--resume"))
+        monkeypatch.setattr(DiffusionPolicy, "loss", original)
+        assert len(calls) == left
         assert all(torch.equal(value, load(stage)[key]) for key, value in load("whole").items())
+        assert rows_of(tmp_path / stage) == rows_of(tmp_path / "whole")
 
 
 def test_help_states_the_defaults_that_the_settings_hold(capsys):
-    """A number typed in twice drifts: --help names what SETTINGS has, at both scales."""
+    """A number typed in twice drifts: --help names what `settings` gives, at both scales."""
     with pytest.raises(SystemExit):
         run_main("--help")
     told = " ".join(capsys.readouterr().out.split())
-    laptop, paper = train.SETTINGS["laptop"], train.SETTINGS["paper"]
-    assert (f"default {laptop['steps']['full']}, near {laptop['steps']['near']}, "
-            f"of a file {laptop['steps']['demos']}, from pixels {laptop['steps']['pixels']}, "
-            f"near {laptop['steps']['near pixels']}; paper {paper['steps']}") in told
-    assert f"default {laptop['stage1_steps']}, paper {paper['stage1_steps']}" in told
-    assert f"default {laptop['learning_rate']}, paper {paper['learning_rate']}" in told
-    assert laptop["num_demos"] == paper["num_demos"]
-    assert f"default {laptop['num_demos']['full']}, near {laptop['num_demos']['near']}" in told
-    assert f"evaluation scenes; default {laptop['episodes']}" in told
+
+    def chosen(**flags):
+        return train.settings(train.Config(device="cpu", **flags))
+
+    full, near, paper = chosen(), chosen(task="near"), chosen(scale="paper")
+    file, pixels = chosen(demos=Path("demos.npz")), chosen(observation="pixels")
+    near_pixels = chosen(task="near", observation="pixels")
+    assert (f"default {full.steps}, near {near.steps}, of a file {file.steps}, from pixels "
+            f"{pixels.steps}, near {near_pixels.steps}; paper {paper.steps}") in told
+    assert f"default {full.stage1_steps}, paper {paper.stage1_steps}" in told
+    assert f"default {full.learning_rate}, paper {paper.learning_rate}" in told
+    near_paper = chosen(scale="paper", task="near")
+    assert (full.num_demos, near.num_demos) == (paper.num_demos, near_paper.num_demos)
+    assert f"default {full.num_demos}, near {near.num_demos}, of a file all" in told
+    assert file.num_demos is None
+    assert f"evaluation scenes; default {full.episodes}" in told
+    mlp, transformer, large = (make_backbone(name, scale).config["width"] for name, scale in (
+        ("mlp", "laptop"), ("transformer", "laptop"), ("mlp", "paper")))
+    assert f"default {mlp} and {transformer}, paper {large}" in told
+    for action in train.make_parser()._actions:     # the other numbers
+        if action.type and isinstance(action.default, (int, float)):
+            assert f"default {action.default}" in action.help, action.option_strings
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("", dict(steps=18000, batch_size=128, noise_samples=2, mirror=False, temperature=1,
+              num_demos=2000, loss_steps=4, sampling_steps=10)),
+    ("--task near", dict(steps=8000, batch_size=128, num_demos=1500)),
+    ("--task away", dict(steps=18000, num_demos=2000)),
+    ("--demos FILE", dict(steps=12000, batch_size=256, noise_samples=2, mirror=True,
+                          temperature=0.5, num_demos=None)),
+    ("--demos FILE --task near", dict(steps=12000, batch_size=256, num_demos=None)),
+    ("--observation pixels", dict(steps=20000, batch_size=64, noise_samples=4, num_demos=2000)),
+    ("--observation pixels --task near", dict(steps=9000, batch_size=64, noise_samples=4)),
+    ("--observation pixels --demos FILE", dict(steps=20000, batch_size=64, noise_samples=4,
+                                               mirror=True, temperature=0.5)),
+    ("--scale paper --demos FILE --observation pixels --task near", dict(
+        steps=83000, stage1_steps=45000, batch_size=64, noise_samples=1, loss_steps=None,
+        sampling_steps=None, mirror=False, temperature=1, num_demos=None, learning_rate=1e-4,
+        warmup=500, ema_decay=0.9999)),
+    ("--scale paper --task near", dict(steps=83000, num_demos=1500)),
+    ("--smoke --observation pixels", dict(steps=150, stage1_steps=100, batch_size=64, num_demos=40,
+                                          noise_samples=4, episodes=16)),
+    ("--smoke --steps 7 --num-demos 3 --learning-rate .5 --episodes 9 --stage1-steps 8", dict(
+        steps=7, num_demos=3, learning_rate=0.5, episodes=9, stage1_steps=8)),
+    ("--demos FILE --num-demos 5 --precision fp32", dict(num_demos=5, precision="fp32"))])
+def test_the_settings_that_fit_what_is_asked_for(flags, expected):
+    """A setting of another task, source, observation or scale; a flag without effect."""
+    config, _ = train.parse([*flags.split(), "--device", "cpu"])
+    assert {name: getattr(config, name) for name in expected} == expected
 
 
 # Bad input ---------------------------------------------------------------------------------------
@@ -379,6 +444,24 @@ def test_bad_flags(capsys, demos, tmp_path):
         assert "CUDA" in refused(capsys, "--device", "cuda")
 
 
+def test_a_notebook_makes_its_own_configuration(demos, tmp_path, capsys):
+    """The same run as on the command line, and the same errors, as ValueError of one line."""
+    flags = dict(recipe="decoupled", smoke=True, demos=demos, steps=30, stage1_steps=20, episodes=2,
+                 device="cpu")
+    torch.manual_seed(99)     # whatever was done before in the notebook
+    config = train.settings(train.Config(**flags, out=tmp_path / "notebook"))
+    summary = train.experiment(config)
+    expected = run_main(*tiny(demos, tmp_path / "line", "--decoupled"))
+    assert summary["max_coverage"] == expected["max_coverage"]
+    assert rows_of(tmp_path / "notebook") == rows_of(tmp_path / "line")
+    for bad, told in ((dict(task="moon"), "--task moon is unknown; allowed: full, near"),
+                      (dict(steps=0), "--steps 0 is out of range; allowed: 1 to"),
+                      (dict(recipe="thawed"), "unknown; allowed: normal, decoupled"),
+                      (dict(keep_biases=True), "means nothing without --decoupled")):
+        with pytest.raises(ValueError, match=told):
+            train.settings(train.Config(**bad))
+
+
 def test_bad_demonstration_files(capsys, tmp_path):
     state, action, ends = np.zeros((9, 5)), np.zeros((9, 2)), np.array([4, 9])
     broken = np.full((9, 5), np.nan)
@@ -394,19 +477,6 @@ def test_bad_demonstration_files(capsys, tmp_path):
     assert "none.npz" in refused(capsys, *tiny(tmp_path / "none.npz", tmp_path / "run"))
 
 
-def test_bad_policy_files(capsys, smoke, tmp_path):
-    good = torch.load(smoke[0] / "policy.pt", weights_only=True)
-    assert "nowhere.pt" in refused(capsys, "--evaluate", tmp_path / "nowhere.pt")
-    cut = tmp_path / "cut.pt"
-    cut.write_bytes((smoke[0] / "policy.pt").read_bytes()[:5000])
-    assert "cut.pt" in refused(capsys, "--evaluate", cut)
-    torch.save(dict(good, format=99), tmp_path / "future.pt")
-    assert "99" in refused(capsys, "--evaluate", tmp_path / "future.pt")
-    del good["weights"]["backbone.output.weight"]
-    torch.save(good, tmp_path / "hole.pt")
-    assert "hole.pt" in refused(capsys, "--evaluate", tmp_path / "hole.pt")
-
-
 def test_resume_refuses_another_configuration_and_keeps_the_old_run(capsys, demos, tmp_path):
     out = tmp_path / "run"
     assert "nothing to resume" in refused(capsys, *tiny(demos, out, "--resume"))
@@ -420,12 +490,27 @@ def test_resume_refuses_another_configuration_and_keeps_the_old_run(capsys, demo
     assert "damaged" in refused(capsys, *tiny(demos, out, "--resume"))
 
 
+def test_a_run_of_an_older_version_is_one_line(capsys, demos, tmp_path):
+    """Its checkpoint would not fit: config.json says first of which version it is."""
+    out = tmp_path / "run"
+    run_main(*tiny(demos, out))
+    config = json.loads((out / "config.json").read_text())
+    assert config["format"] == 3
+    checkpoint = (out / "checkpoint.pt").read_bytes()
+    for older in (2, None):
+        (out / "config.json").write_text(json.dumps(config | {"format": older, "evaluate": "None"}))
+        line = refused(capsys, *tiny(demos, out, "--resume"))
+        assert f"config.json is of another version of this code (format {older}, here 3)" in line
+    assert (out / "checkpoint.pt").read_bytes() == checkpoint
+
+
 def test_a_folder_that_cannot_be_written(capsys, demos, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert "file" in refused(capsys, *tiny(demos, tmp_path / "file" / "run"))
 
 
-def test_a_loss_that_becomes_nan_fails_the_run_and_keeps_the_checkpoint(demos, tmp_path, monkeypatch):
+def test_a_loss_that_becomes_nan_fails_the_run_and_keeps_the_checkpoint(
+        demos, tmp_path, monkeypatch, set_intervals):
     original, calls = DiffusionPolicy.loss, []
 
     def loss(self, *batch):
@@ -433,8 +518,7 @@ def test_a_loss_that_becomes_nan_fails_the_run_and_keeps_the_checkpoint(demos, t
         return original(self, *batch) * (float("nan") if len(calls) > 12 else 1)
 
     monkeypatch.setattr(DiffusionPolicy, "loss", loss)
-    monkeypatch.setitem(train.SMOKE, "log_every", 5)
-    monkeypatch.setitem(train.SMOKE, "checkpoint_every", 5)
+    set_intervals(monkeypatch, log_every=5, checkpoint_every=5)
     with pytest.raises(SystemExit, match="nan.*learning-rate") as stop:
         run_main(*tiny(demos, tmp_path / "run"))
     assert isinstance(stop.value.code, str)      # Python prints it and exits with code 1
