@@ -47,7 +47,7 @@ def test_film_is_gamma_times_h_plus_beta_of_each_sample():
 
 
 def channels_first(mechanism, h, m):
-    """The three hooks as the U-Net calls them: on h (B,D,T) and m (B,V,D,1)."""
+    """The three methods as the U-Net calls them: on h (B,D,T) and m (B,V,D,1)."""
     h = mechanism.norm(h.shape[-1])(h) if mechanism.adaptive else h
     h, m = h.mT, m.mT
     return mechanism.gate(mechanism.modulate(mechanism.after_norm(h, m), m), m).mT

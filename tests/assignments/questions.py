@@ -138,7 +138,7 @@ tau = mlp([sin(k w_0) ... sin(k w_{n-1}), cos(k w_0) ... cos(k w_{n-1})]) for ti
         number="3.1", target="heads.MLPBlock.forward", title="A block of DP-MLP",
         marks=5, minutes=20, needs=(), row="IV-D, DP-MLP, 4M",
         equation="x' = after_norm(LN(x + gate(W2 modulate(gelu(W1 x + b1)) + b2)))",
-        hint="The three hooks belong to `self.mechanism`; each takes features and the modulation. "
+        hint="`self.mechanism` has the three methods; each takes features and the modulation. "
              "Dropout acts on the wide layer before it is modulated, and on the branch before the "
              "gate. `self.norm` comes last: post-norm.",
         tests=(NET + "test_an_mlp_block_gives_the_recorded_numbers",
