@@ -23,8 +23,7 @@ from tqdm import tqdm
 # edge, not the centre of mass.
 #
 # Inside this file a vector is often one complex number x + iy. Arrays then have one axis less, and
-# a turn by an angle is a product with exp(i angle). `xy @ [1, 1j]` makes complex numbers of floats
-# (..., 2), `as_floats` goes back.
+# a turn by an angle is a product with `unit(angle)`.
 BOARD = 512.0
 MIDDLE, FREE = 255.5, 248.5  # the walls are at MIDDLE +- FREE; they stop the block, not the agent
 AGENT_RADIUS = 15.0
@@ -37,14 +36,6 @@ KEYPOINTS = np.array([[-60.0, 0.0], [60.0, 0.0], [60.0, 30.0], [-60.0, 30.0],
                       [-15.0, 30.0], [15.0, 30.0], [15.0, 120.0], [-15.0, 120.0]])
 CENTER_OF_MASS = np.array([0.0, 45.0])  # TRAP: the mean of the boxes' centres, as if of one area
 
-# The same as complex numbers; CORNERS, LOW and HIGH are relative to the centre of mass.
-CENTER = 45j
-POINTS = KEYPOINTS @ [1, 1j]
-CORNERS = POINTS - CENTER
-EDGES = POINTS[[1, 2, 3, 0, 5, 6, 7, 4]] - POINTS  # of each box, from a corner to the next one
-LOW, HIGH = np.stack([STEM, BAR], 1) - CENTER_OF_MASS  # (box, xy) each, the stem first
-REACH = np.abs(CORNERS).max()  # 76.5 px: no part of the block is farther from its centre of mass
-
 
 def dot(a, b):
     """Scalar product of vectors written as complex numbers."""
@@ -56,16 +47,35 @@ def cross(a, b):
     return (a.conj() * b).imag
 
 
+def as_complex(xy):
+    """(..., 2) -> (...) complex."""
+    return xy @ [1, 1j]
+
+
 def as_floats(z):
     """(...) complex -> (..., 2)."""
     return np.asarray(z)[..., None].view(float)
 
 
+def unit(angle):
+    """exp(i angle): the vector of length 1 in this direction, complex."""
+    return np.exp(1j * angle)
+
+
+# The same as complex numbers; CORNERS, LOW and HIGH are relative to the centre of mass.
+CENTER = 45j
+POINTS = as_complex(KEYPOINTS)
+CORNERS = POINTS - CENTER
+EDGES = POINTS[[1, 2, 3, 0, 5, 6, 7, 4]] - POINTS  # of each box, from a corner to the next one
+LOW, HIGH = np.stack([STEM, BAR], 1) - CENTER_OF_MASS  # (box, xy) each, the stem first
+REACH = np.abs(CORNERS).max()  # 76.5 px: no part of the block is farther from its centre of mass
+
+
 def keypoints(pose):
     """Corners of the block on the board: pose (..., 3) -> (..., 8, 2) px, in gym-pusht's order."""
     pose = np.asarray(pose, float)
-    origin = pose[..., :2] @ [1, 1j]
-    return as_floats(origin[..., None] + POINTS * np.exp(1j * pose[..., 2:]))
+    origin = as_complex(pose[..., :2])
+    return as_floats(origin[..., None] + POINTS * unit(pose[..., 2:]))
 
 
 def from_legacy(pose):
@@ -75,7 +85,7 @@ def from_legacy(pose):
     of mass, which moves the origin of its frame.
     """
     pose = np.array(pose, float)
-    pose[..., :2] += CENTER_OF_MASS - as_floats(CENTER * np.exp(1j * pose[..., 2]))
+    pose[..., :2] += CENTER_OF_MASS - as_floats(CENTER * unit(pose[..., 2]))
     return pose
 
 
@@ -96,8 +106,8 @@ def block_coverage(pose, goal=GOAL):
     box. So the midpoint of each piece gives the exact integral. All is done in the goal's frame.
     """
     pose, goal = np.asarray(pose, float), np.asarray(goal, float)
-    turn = np.exp(1j * (pose[..., 2] - goal[2]))[..., None, None]
-    shift = (pose[..., :2] - goal[:2]) @ [1, 1j] * np.exp(-1j * goal[2])
+    turn = unit(pose[..., 2] - goal[2])[..., None, None]
+    shift = as_complex(pose[..., :2] - goal[:2]) * unit(-goal[2])
     corner = shift[..., None, None] + POINTS * turn - CENTER  # (..., 1, 8)
     edge = EDGES * turn
     (left, top), (right, bottom) = LOW.T[..., None], HIGH.T[..., None]  # goal's boxes, (2, 1)
@@ -222,10 +232,10 @@ class World:
     def __init__(self, state):
         """Agents and blocks at rest, (B, 5); Chipmunk finds their contacts once."""
         B = len(state)
-        self.agent = state[:, :2] @ [1, 1j]
+        self.agent = as_complex(state[:, :2])
         self.agent_velocity = np.zeros(B, complex)
         self.angle = state[:, 4].copy()
-        self.center = state[:, 2:4] @ [1, 1j] + CENTER * np.exp(1j * self.angle)
+        self.center = as_complex(state[:, 2:4]) + CENTER * unit(self.angle)
         # Of the agent's contacts with stem and bar: the last impulse, and substeps since then.
         self.impulse = np.zeros((2, B))
         self.age = np.full((2, B), PERSISTENCE)
@@ -255,7 +265,7 @@ class World:
             self.velocity = np.zeros_like(self.center)
             self.spin = np.zeros_like(self.angle)
             return
-        rotation = np.exp(1j * self.angle)
+        rotation = unit(self.angle)
         contacts = agent_contacts(offset, self.agent_velocity, rotation)
         normal, lever, overlap, speed = contacts
         touch = overlap >= 0
@@ -297,11 +307,11 @@ def start_near(rng, goal):
     outside = True
     while outside:  # a part of the block is behind a wall
         radius, direction = 60 * np.sqrt(rng.uniform()), 2 * np.pi * rng.uniform()
-        offset = radius * np.exp(1j * direction)
-        pose = goal + [offset.real, offset.imag, rng.uniform(-0.75, 0.75)]
+        offset = as_floats(radius * unit(direction))
+        pose = goal + [*offset, rng.uniform(-0.75, 0.75)]
         outside = np.abs(keypoints(pose) - MIDDLE).max() > FREE
     agents = rng.uniform(50, 450, (32, 2))  # with probability 1 - 1e-30, one or more are free
-    local = (agents - pose[:2]) @ [1, 1j] * np.exp(-1j * pose[2]) - CENTER
+    local = as_complex(agents - pose[:2]) * unit(-pose[2]) - CENTER
     free = (circle_contacts(local)[2] > AGENT_RADIUS).all(0)
     return np.concatenate([agents[free.argmax()], pose])
 
@@ -365,7 +375,7 @@ class PushT:
         coverage > threshold, truncated (B,), and info: coverage, max_coverage of all steps since
         the start, is_success. No environment is reset: the caller does that.
         """
-        self._world.drive(self._checked("actions", actions, 2) @ [1, 1j])
+        self._world.drive(as_complex(self._checked("actions", actions, 2)))
         self._coverage = block_coverage(self.block_pose(), self.goal)
         self.steps += 1
         self.max_coverage = np.maximum(self.max_coverage, self._coverage)
@@ -393,7 +403,8 @@ class PushT:
     def block_pose(self):
         """(B, 3): x and y in px and angle in rad of the block; the angle may be any number."""
         center, angle = self._world.center, self._world.angle
-        return np.concatenate([as_floats(center - CENTER * np.exp(1j * angle)), angle[:, None]], 1)
+        origin = as_floats(center - CENTER * unit(angle))
+        return np.concatenate([origin, angle[:, None]], 1)
 
     def coverage(self):
         """(B,) share of the goal that the block covers now."""
@@ -519,7 +530,7 @@ class Painter:
     def draw_block(self, canvas, pose, border, inner, edge):
         """Draw the T at pose (3,), its edge 2 border px wide; inner, edge: numbers of colours."""
         part, place = self.window(keypoints(pose).mean(0), REACH + 2 * border)
-        place = (place - pose[:2] @ [1, 1j]) * np.exp(-1j * pose[2])
+        place = (place - as_complex(pose[:2])) * unit(-pose[2])
         across = np.abs(place.real)
         for (_, top), (half, bottom) in BAR, STEM:
             along = np.abs(place.imag - (top + bottom) / 2)
@@ -529,7 +540,7 @@ class Painter:
 
     def draw_agent(self, canvas, center):
         part, place = self.window(center, AGENT_RADIUS + 1)
-        distance = np.abs(place - np.rint(center) @ [1, 1j])
+        distance = np.abs(place - as_complex(np.rint(center)))
         self.fill(canvas, part, distance <= AGENT_RADIUS, RIM)
         self.fill(canvas, part, distance <= AGENT_RADIUS - 4, AGENT)
 
@@ -605,14 +616,14 @@ def draw_rollouts(states, lengths, picture_file, animation_file, goal=GOAL):
 # The cost of a plan is in px: the RMS distance that the block's corners keep from the goal's, and
 # the effort. Effort counts little near the goal, or the expert would not make the last corrections;
 # it counts fully from FAR px on. Travel costs much, so that the expert stays at one face of the
-# block for long: a policy then has fewer decisions to get wrong.
+# block for long. A policy then has fewer decisions to make.
 TRAVEL_COST, LENGTH_COST, PUSH_COST = 0.15, 0.05, 2.0  # per px of way, per px of push, per push
 FAR, NEAREST_SHARE, TOLERANCE = 40.0, 0.05, 0.3  # px; share of the effort at the goal; px
 # The target lies this many px ahead of the agent: low + slope * distance to the goal, at most high.
 # The agent covers half of that in a step. Near the goal it is slow, because a policy sees the block
 # only every 8 steps.
 PUSH_AHEAD, TRAVEL_AHEAD = (3.0, 0.3, 16.0), (20.0, 0.2, 30.0)
-CLEARANCE = 10.0  # px between agent and block while travelling, so that small errors do not touch
+CLEARANCE = 10.0  # px between agent and block while travelling, for small errors must not move it
 TRAVEL_RADIUS = AGENT_RADIUS + CLEARANCE
 FORBIDDEN = 1e4  # px, the cost of a way that cannot be taken
 # For demonstrations. NOISE: standard deviations in px, each for a third of the episodes.
@@ -632,7 +643,7 @@ def expert_demonstrations(count, task="full", seed=0):
     Returns a dict of state (N, 5) float32, action (N, 2) float32, the target in px chosen in that
     state, and episode_ends (count,) int64.
     """
-    rng = np.random.default_rng([seed, 1])  # not a stream of PushT.reset: its scenes are for tests
+    rng = np.random.default_rng([seed, 1])  # reset has other streams: its scenes are for evaluation
     episodes = []
     with tqdm(total=count, desc="demonstrations", mininterval=1, disable=count < 20) as bar:
         while len(episodes) < count:
@@ -690,9 +701,9 @@ def expert_action(state, goal=GOAL):
     along this push. Otherwise it lies on the way around the block to the waiting place.
     """
     state = np.asarray(state, float)
-    rotation, goal_rotation = np.exp(1j * state[:, 4]), np.exp(1j * goal[2])
-    center = state[:, 2:4] @ [1, 1j] + rotation * CENTER
-    agent = (state[:, :2] @ [1, 1j] - center) / rotation  # in the block's frame
+    rotation, goal_rotation = unit(state[:, 4]), unit(goal[2])
+    center = as_complex(state[:, 2:4]) + rotation * CENTER
+    agent = (as_complex(state[:, :2]) - center) / rotation  # in the block's frame
     error = (center - complex(*goal[:2])) / goal_rotation - CENTER
     turn = rotation / goal_rotation
     distance = _distance(error, turn)
@@ -734,13 +745,13 @@ def _plan(error, turn, travel):
     first = _best_turn(error, turn, pivot, rate)  # the best if no other push followed
     pivot2, second, end, end_turn = _two_pushes(error, turn, pivot, first)
     # Improve both angles together by one Gauss-Newton step, which is exact for short pushes.
-    # slope, slope2: of half the squared distance; a, b, c: the approximate second derivatives.
+    # slope, slope2: derivatives of half the squared distance; a, b, c: second ones, approximately.
     arm, arm2 = end - pivot, end - pivot2
     slope = cross(arm, end) + SPREAD * end_turn.imag
     slope2 = cross(arm2, end) + SPREAD * end_turn.imag
     a, b, c = dot(arm, arm) + SPREAD, dot(arm2, arm2) + SPREAD, dot(arm, arm2) + SPREAD
     alone = -slope / a
-    both = (c * slope2 - b * slope) / (1.001 * a * b - c * c)  # 1.001: never divide by zero
+    both = (c * slope2 - b * slope) / (1.001 * a * b - c * c)  # 1.001: no division by zero
     first = first + np.clip(np.where(second != 0, both, alone), -0.5, 0.5)
     first = np.where(first * rate > 0, first, 0)
     _, second, end, end_turn = _two_pushes(error, turn, pivot, first)
@@ -760,12 +771,12 @@ def _two_pushes(error, turn, pivot, first):
     All contacts are tried for the second push, along the last axis. Returns the second pivot and
     angle, and error and turn at the end, see `_plan`.
     """
-    middle = pivot + (error - pivot) * np.exp(1j * first)
-    middle_turn = turn * np.exp(1j * first)
+    middle = pivot + (error - pivot) * unit(first)
+    middle_turn = turn * unit(first)
     pivot2 = middle + middle_turn * PIVOTS
     second = _best_turn(middle, middle_turn, pivot2, RATES)
-    end = pivot2 + (middle - pivot2) * np.exp(1j * second)
-    return pivot2, second, end, middle_turn * np.exp(1j * second)
+    end = pivot2 + (middle - pivot2) * unit(second)
+    return pivot2, second, end, middle_turn * unit(second)
 
 
 def _best_turn(error, turn, pivot, rate):
@@ -921,8 +932,9 @@ def load_demonstrations(path):
     if (np.diff(ends, prepend=0) <= 0).any() or ends[-1] != number:
         raise ValueError(f"{path}: episode_ends must increase and end at {number}, the "
                          f"number of states; they go from {ends[0]} to {ends[-1]}")
-    distance = np.median(np.linalg.norm(data["action"] - data["state"][:, :2], axis=1))
-    positions, angles = np.abs(data["state"][:, :4]).max(), np.abs(data["state"][:, 4]).max()
+    agents, largest = data["state"][:, :2], np.abs(data["state"]).max(0)
+    positions, angles = largest[:4].max(), largest[4]
+    distance = np.median(np.linalg.norm(data["action"] - agents, axis=1))
     doubts = ((positions <= 1, "no position exceeds 1: are they in px?"),
               (angles > 6 * np.pi, f"the largest angle is {angles:.0f}: are they in rad?"),
               (distance > 100, f"half of the actions lie {distance:.0f} px or more from the agent: "
@@ -942,8 +954,8 @@ def mirror(demonstrations, goal=GOAL):
     """
     ends = demonstrations["episode_ends"]
     state, action = (demonstrations[name][:ends[-1]] for name in ("state", "action"))
-    middle, turn = goal[:2] @ [1, 1j], np.exp(2j * goal[2])
-    points = np.concatenate([state[:, :4], action], 1).reshape(-1, 3, 2) @ [1, 1j]
+    middle, turn = as_complex(goal[:2]), unit(2 * goal[2])
+    points = as_complex(np.concatenate([state[:, :4], action], 1).reshape(-1, 3, 2))
     agent, block, target = as_floats(middle - turn * (points - middle).conj()).swapaxes(0, 1)
     images = np.concatenate([agent, block, 2 * goal[2] - state[:, 4:]], 1)
     return {"state": np.concatenate([state, images], dtype=np.float32),

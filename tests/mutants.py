@@ -1254,11 +1254,11 @@ MUTANTS = [
      "--seed has no effect."),
     # sim_pusht.py ---------------------------------------------------------------------------------
     ("coverage-turned-back", "sim_pusht.py",
-     "turn = np.exp(1j * (pose[..., 2] - goal[2]))", "turn = np.exp(1j * (goal[2] - pose[..., 2]))",
+     "turn = unit(pose[..., 2] - goal[2])", "turn = unit(goal[2] - pose[..., 2])",
      "test_coverage_equals_counted_points",
      "The block is turned the other way: right in the goal and at no other angle."),
     ("coverage-shift-not-turned", "sim_pusht.py",
-     " @ [1, 1j] * np.exp(-1j * goal[2])\n", " @ [1, 1j]\n",
+     "goal[:2]) * unit(-goal[2])\n", "goal[:2])\n",
      "test_coverage_equals_counted_points",
      "The shift is not turned into the goal's frame: right for a goal whose angle is 0."),
     ("coverage-below-forgotten", "sim_pusht.py",

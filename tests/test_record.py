@@ -32,8 +32,10 @@ def new_game(tmp_path, monkeypatch):
 
 
 def move(game, position):
-    """The mouse moves to a place on the board, px."""
-    x, y = game.image.axes.transData.transform(position)
+    """The mouse moves to a place on the board, px. The board's y points down, the window's up."""
+    window = game.image.axes.get_window_extent()
+    x = window.x0 + window.width * position[0] / 512
+    y = window.y1 - window.height * position[1] / 512
     MouseEvent("motion_notify_event", game.figure.canvas, x, y)._process()
 
 

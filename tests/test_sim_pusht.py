@@ -403,7 +403,7 @@ def test_play_counts_until_the_first_success():
 
 
 def test_play_does_not_count_a_success_before_the_first_action():
-    """The block may lie in the goal from the start: to wait is then a success, to push it away none."""
+    """A block may lie in the goal from the start: waiting is then a success, pushing it away none."""
     coverage = [[0.97, 0.99, 0.5], [0.96, 0.3, 0.2], [0.1, 0.96, 0.4], [0.1, 0.1, 0.1]]
     result = sim_pusht.play(Script(coverage, max_steps=3), counting([], 1))
     assert result["length"].tolist() == [1, 2, 3]
@@ -626,7 +626,7 @@ def test_unreadable_demonstrations_are_refused(tmp_path):
     (lambda state, action: (state / [512, 512, 512, 512, 1], action / 512), "no position exceeds"),
     (lambda state, action: (state / [256, 256, 256, 256, 1] - [1, 1, 1, 1, 0], action / 256 - 1),
      "no position exceeds 1"),
-    (lambda state, action: (state * [1, 1, 1, 1, 180 / np.pi], action), "largest angle is .* in rad"),
+    (lambda state, action: (state * [1, 1, 1, 1, 180 / np.pi], action), "largest angle is .* rad"),
     (lambda state, action: (state, action - state[:, :2]), "half of the actions lie .* from the"),
     (lambda state, action: (state, action / 512), "half of the actions lie .* from the agent"),
     (lambda state, action: (state, action), ""),
