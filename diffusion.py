@@ -324,6 +324,8 @@ def whole(path):
     unfinished = path.with_name(f"unfinished-{secrets.token_hex(4)}-{path.name}")
     try:
         yield unfinished
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())     # a power cut must not leave an empty file of this name
         unfinished.replace(path)
     except RuntimeError as error:     # so torch.save says that the disk is full
         raise OSError(f"{path} cannot be written: {error!r:.80}") from None

@@ -1,15 +1,17 @@
 """The action head's backbones: everything that stage 2 FREEZES.
 
-A backbone turns noisy actions into the noise in them. It owns no weight that depends on the
-observation: it names the layers to be modulated (`modulation_widths`) and applies the gamma and
-beta that film.py makes for them. Paper: section IV-B, G and f_tau of eq. 10 (arXiv 2511.12101v1).
+A backbone takes noisy actions and predicts the noise in them. It owns no weight that depends on
+the observation. It says which widths its modulated layers have (`modulation_widths`), and applies
+the gamma and beta that film.py makes for them. The one exception: with cross-attention and prefix
+it reads tokens of the observation by weights of its own.
+Paper: section IV-B, G and f_tau of eq. 10 (arXiv 2511.12101v1).
 
-All three follow one template, so that two of them can be read side by side:
+All three backbones have the same three parts, so that two of them can be read side by side:
   1. embed the noisy actions (B,T,A) -> (B,T,D)
-  2. blocks, each modulated through the hooks of film.Mechanism
+  2. blocks, each modulated by the three methods of film.Mechanism
   3. normalise and project back -> predicted noise (B,T,A)
 
-Run alone:  python heads.py       who trains what, and the parameters next to the paper's
+Run alone:  python heads.py       which parameters each stage trains, and the paper's numbers
 """
 import math
 import os
@@ -23,10 +25,11 @@ from film import MECHANISMS, make_conditioning
 
 
 class TimeEncoder(nn.Module):
-    """f_tau, the encoder of the diffusion timestep: sinusoid, Linear, Mish, Linear.
+    """f_tau, the encoder of the diffusion timestep: timestep (B,) -> tau (B, dim).
 
-    It belongs to the backbone and is frozen with it (paper eq. 10). timestep (B,) -> tau (B, dim).
-    learned=False: the sinusoid alone, for the token mechanisms; their MLP is the tokens' own.
+    A sinusoid, then Linear, Mish, Linear. It belongs to the backbone and is frozen with it (paper
+    eq. 10). learned=False: the sinusoid alone. The token mechanisms need no more, because film.py
+    puts an MLP on all tokens.
     """
 
     def __init__(self, dim, learned=True):
@@ -44,31 +47,33 @@ class TimeEncoder(nn.Module):
 
 
 class Backbone(nn.Module):
-    """What all backbones share: what they were built with, and how they take the condition.
+    """What all backbones have in common.
 
-    A subclass sets `time_encoder` and `modulation_widths`, and maps in `forward`
-      noisy_actions (B,T,A), modulations [(B,V,1,D_r)] * R or tokens (B,S,D) -> noise (B,T,A).
-    As in the paper, dropout stays on in a frozen backbone (the mode is `train`, frozen or not):
-    the pathway learns with the noise that the backbone was trained with. Laptop sizes have none.
+    A subclass sets `time_encoder` and `modulation_widths` [D_1 ... D_R], and has a method
+      forward(noisy_actions (B,T,A), condition, steps=None) -> predicted noise (B,T,A)
+    condition: R modulations (B,V,1,D_r), or for the token mechanisms tokens (B,S,D).
+    steps: the horizon steps to work on, only for a backbone that does not mix time steps.
+    Dropout stays on while the pathway of a frozen backbone is trained, as in the paper: the
+    pathway meets the same noise as the backbone met in stage 1. The laptop sizes have no dropout.
     """
-    mixes_time = True                  # does an action of the chunk see the others?
-    mechanisms = tuple(MECHANISMS)     # those it can be built for
+    mixes_time = True                  # does an action of the chunk depend on the other actions?
+    mechanisms = tuple(MECHANISMS)     # those that it can be built for
 
     def __init__(self, **config):
         super().__init__()
-        self.config = dict(config, name=self.name)     # all that is needed to build it again
+        self.config = dict(config, name=self.name)     # what a policy file needs to build it again
         self.mechanism = MECHANISMS[config["conditioning"]]()
 
 
 # DP-MLP -------------------------------------------------------------------------------------------
 
 class MLP(Backbone):
-    """DP-MLP: the 4M-parameter head that does the job of a 244M U-Net (paper section IV-D).
+    """DP-MLP: 4M parameters that do the work of the U-Net's 244M (paper section IV-D).
 
-    Every horizon step has its own input matrix, which is also the only positional information; the
-    blocks are shared by all steps. NO operation mixes time steps: given the observation, the
-    actions of a chunk are denoised independently of each other. The paper does not mention it;
-    its code does it, and so do we. Not taken over: arguments for attention that nothing reads.
+    Every horizon step has its own input matrix. Only this tells the network which step it sees:
+    all steps go through the same blocks. NO operation mixes time steps: given the observation,
+    each action of a chunk is denoised independently of the others. The paper does not mention
+    this, but its code does it, and so do we.
     """
     name = "mlp"
     mixes_time = False
@@ -79,7 +84,7 @@ class MLP(Backbone):
                          width=width, hidden=hidden, depth=depth, dropout=dropout)
         self.time_encoder = TimeEncoder(width)
         self.modulation_widths = [width if self.mechanism.adaptive else hidden] * depth
-        # Standard deviation 1 without 1/sqrt(fan-in), as in the official MLP_FiLM.py.
+        # Standard deviation 1, not 1 / sqrt(number of inputs): as in the official MLP_FiLM.py.
         self.input_weight = nn.Parameter(torch.randn(horizon, action_dim, width))
         self.input_bias = nn.Parameter(torch.randn(horizon, width))
         self.blocks = nn.ModuleList(
@@ -88,7 +93,7 @@ class MLP(Backbone):
         self.output = nn.Linear(width, action_dim)
 
     def forward(self, noisy_actions, modulations, steps=None):
-        """steps (B,S) long: which horizon steps the S actions of each sample are; None: all T."""
+        """steps (B,S) int64: which horizon steps the S actions of each sample are. None: all T."""
         weight, bias = self.input_weight, self.input_bias
         if steps is not None:
             weight, bias = weight[steps], bias[steps]                # (B,S,A,D), (B,S,D)
@@ -100,7 +105,10 @@ class MLP(Backbone):
 
 
 class MLPBlock(nn.Module):
-    """x -> LayerNorm(x + W2 FiLM(gelu(W1 x))): FiLM acts on the wide hidden layer, post-norm."""
+    """x -> LayerNorm(x + W2 FiLM(gelu(W1 x))). FiLM acts on the wide hidden layer.
+
+    The norm comes after the sum (post-norm).
+    """
 
     def __init__(self, mechanism, width, hidden, dropout):
         super().__init__()
@@ -123,12 +131,14 @@ class MLPBlock(nn.Module):
 class UNet(Backbone):
     """DP-C: the 1-D convolutional U-Net of Diffusion Policy, 244M parameters (paper section IV-B).
 
-    Time steps mix through the convolutions, whose reach the two halvings of the horizon multiply.
-    As in the official code, features of the full horizon reach the output only through the bottom:
-    the upward level whose skip connection would carry them is not built, so the first skip is
-    stored for nothing. The official branches that can never run (`is_last` upward) are left out.
+    Its convolutions mix time steps. Halving the horizon twice lets each convolution see four
+    times as far.
+    As in the official code there is one upward level less than downward levels. So the first skip
+    connection (the features at the full horizon) is stored, but nothing uses it: features reach
+    the output only through the levels below. The official code also has branches that can never
+    run (`is_last` upward); they are left out.
 
-    Raises ValueError for a horizon that cannot be halved so often.
+    Raises ValueError for a horizon that cannot be halved as often as the levels need.
     """
     name = "unet"
     mechanisms = ("film", "additive", "adaln", "adaln-zero")     # GroupNorm has no RMS form
@@ -139,14 +149,14 @@ class UNet(Backbone):
         halvings = len(widths) - 1
         if horizon % 2 ** halvings:
             raise ValueError(f"horizon is {horizon}; a U-Net of {len(widths)} levels halves it "
-                             f"{halvings} times and needs a multiple of {2 ** halvings}")
+                             f"{halvings} times, so it must be a multiple of {2 ** halvings}")
         self.time_encoder = TimeEncoder(time_dim)
-        self.modulation_widths = []     # two blocks a level: down, middle, up
+        self.modulation_widths = []     # one for each block; each level has two blocks
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         inputs = action_dim
         for level, outputs in enumerate(widths):
             blocks = self.make_blocks(inputs, outputs, kernel)
-            halve = nn.Identity()       # at the bottom
+            halve = nn.Identity()       # the lowest level does not halve
             if level < halvings:
                 halve = nn.Conv1d(outputs, outputs, 3, stride=2, padding=1)
             self.down.append(nn.ModuleList([*blocks, halve]))
@@ -166,7 +176,8 @@ class UNet(Backbone):
         return [UNetBlock(self.mechanism, inputs, outputs, kernel),
                 UNetBlock(self.mechanism, outputs, outputs, kernel)]
 
-    def forward(self, noisy_actions, modulations):
+    def forward(self, noisy_actions, modulations, steps=None):
+        """steps: always None. The U-Net mixes time steps, so it needs all of them."""
         modulations = iter([modulation.mT for modulation in modulations])
         hidden, skips = noisy_actions.mT, []                       # (B,A,T): channels first
         for first, second, halve in self.down:
@@ -185,7 +196,10 @@ class UNet(Backbone):
 
 
 class UNetBlock(nn.Module):
-    """x -> shortcut(x) + mish(GN(conv(FiLM(mish(GN(conv(x))))))): FiLM between two convolutions."""
+    """x -> shortcut(x) + mish(GN(conv(FiLM(mish(GN(conv(x))))))). FiLM between two convolutions.
+
+    GN: GroupNorm. x (B,D,T) has the channels first.
+    """
 
     def __init__(self, mechanism, inputs, outputs, kernel):
         super().__init__()
@@ -206,13 +220,15 @@ class UNetBlock(nn.Module):
 # DP-T ---------------------------------------------------------------------------------------------
 
 class Transformer(Backbone):
-    """DP-T (cross-attention) and its modulated forms, DP-T-FiLM the first (paper section IV-C, E).
+    """DP-T (cross-attention) and its modulated forms, first of all DP-T-FiLM (paper IV-C, IV-E).
 
-    Causal: an action sees itself and earlier ones. Modulations act on both branches of each layer,
-    as in the second version of the paper; in the first, FiLM acted on the MLP branch alone. The
-    official class keeps its cross-attention where nothing calls it (2.1M parameters): not here.
-    Position embeddings belong to the backbone and are frozen with it; the official code loads and
-    then trains them. Dropout also acts on the attention weights. Official horizon: 10, here 16.
+    It is causal: an action sees itself and earlier actions. Each block has two branches, attention
+    and MLP, and each branch gets its own modulation, as in the second version of the paper. (In
+    the first version FiLM acts on the MLP branch alone.)
+    The position embeddings belong to the backbone and are frozen with it. The official code loads
+    them from stage 1, but then trains them in stage 2. Its modulated class also keeps the
+    cross-attention, 2.1M parameters that nothing calls; they are left out here. The official
+    horizon of DP-T is 10, ours is 16. Dropout also acts on the attention weights.
     """
     name = "transformer"
 
@@ -233,8 +249,11 @@ class Transformer(Backbone):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, noisy_actions, condition):
-        """condition: modulations, two for each block, or for the token mechanisms tokens."""
+    def forward(self, noisy_actions, condition, steps=None):
+        """condition: modulations, two for each block, or for the token mechanisms tokens.
+
+        steps: always None. The Transformer mixes time steps, so it needs all of them.
+        """
         hidden = self.input(noisy_actions) + self.position
         modulations, tokens, in_front = condition, None, 0
         if self.mechanism.tokens:
@@ -249,9 +268,10 @@ class Transformer(Backbone):
 
 
 def causal_mask(steps, in_front, device):
-    """(steps, steps) bool, True where row may look at column: at itself and what came before.
+    """(steps, steps) bool: True where the row's step may see the column's step.
 
-    The first `in_front` steps are the condition's tokens: they all see each other.
+    A step sees itself and the steps before it. The first `in_front` steps are the tokens of the
+    condition: these all see each other.
     """
     mask = torch.ones(steps, steps, dtype=torch.bool, device=device).tril()
     mask[:in_front, :in_front] = True
@@ -259,9 +279,9 @@ def causal_mask(steps, in_front, device):
 
 
 class TransformerBlock(nn.Module):
-    """x -> x + FiLM(SelfAttention(LN x)), then x -> x + FiLM(MLP(LN x)): pre-norm.
+    """x -> x + FiLM(SelfAttention(LN x)), then x -> x + FiLM(MLP(LN x)). LN: LayerNorm (pre-norm).
 
-    With cross-attention x -> x + CrossAttention(LN x, tokens) comes between the two.
+    With cross-attention, x -> x + CrossAttention(LN x, tokens) comes between the two.
     """
 
     def __init__(self, mechanism, width, hidden, heads, dropout):
@@ -279,13 +299,13 @@ class TransformerBlock(nn.Module):
             self.cross_attention = Attention(width, heads, dropout)
 
     def forward(self, x, first, second, mask, tokens=None):
-        """first, second: the modulations of the two branches."""
+        """x (B,T,D); first, second: the modulations of the two branches; mask as of causal_mask."""
         hidden = self.mechanism.after_norm(self.norm1(x), first)
         branch = self.dropout(self.attention(hidden, hidden, mask))
         branch = self.mechanism.modulate(branch, first)
         x = x + self.mechanism.gate(branch, first)
         if self.crosses:
-            # Action t sees the timestep's token and observations 0..t: tokens 0..t+1.
+            # Token 0 is the timestep's, token s + 1 is observation s. Action t sees tokens 0..t+1.
             seen = torch.ones(x.shape[1], tokens.shape[1], dtype=torch.bool, device=x.device)
             branch = self.cross_attention(self.cross_norm(x), tokens, seen.tril(1))
             x = x + self.dropout(branch)
@@ -296,7 +316,10 @@ class TransformerBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Each step of x (B,T,D) takes a mixture of the source's steps (B,S,D); mask (T,S): may see."""
+    """Each step of x (B,T,D) takes a weighted mean of the source's steps (B,S,D), in each head.
+
+    mask (T,S) bool: True where a step of x may see a step of the source.
+    """
 
     def __init__(self, width, heads, dropout):
         super().__init__()
@@ -332,14 +355,15 @@ SIZES = {
 
 
 def make_backbone(name, scale="laptop", action_dim=2, horizon=16, conditioning="film", width=None):
-    """A new backbone, randomly initialised, that takes its condition by the given mechanism.
+    """A new backbone, randomly initialised.
 
-    width: other than the scale's, for DP-MLP and DP-T; the hidden layers grow in proportion.
-    Raises ValueError for an unknown name or scale, a mechanism or width that this backbone cannot
-    take, or a horizon that it cannot halve.
+    name: of BACKBONES. scale: of SIZES. conditioning: the mechanism, a name in film.MECHANISMS.
+    width: D, if it shall not be the scale's (DP-MLP and DP-T); hidden layers grow in proportion.
+    Raises ValueError for an unknown name or scale, for a mechanism or a width that this backbone
+    cannot take, and for a horizon that it cannot halve.
     """
     if name not in BACKBONES or scale not in SIZES:
-        raise ValueError(f"no backbone {name!r} of scale {scale!r}; there are "
+        raise ValueError(f"no backbone {name!r} of scale {scale!r}; allowed: "
                          f"{', '.join(BACKBONES)}, of scale {' or '.join(SIZES)}")
     possible = BACKBONES[name].mechanisms
     if conditioning not in possible:
@@ -348,10 +372,10 @@ def make_backbone(name, scale="laptop", action_dim=2, horizon=16, conditioning="
     size = dict(SIZES[scale][name])
     if width is not None:
         if "width" not in size:
-            raise ValueError(f"backbone {name!r} has no width to choose, mlp and transformer have")
+            raise ValueError(f"backbone {name!r} takes no width; mlp and transformer take one")
         multiple = 2 * size.get("heads", 1)
         if width < multiple or width % multiple:
-            raise ValueError(f"width is {width}, but has to be a multiple of {multiple}")
+            raise ValueError(f"width is {width}; it must be a multiple of {multiple}")
         size["hidden"] = width * size["hidden"] // size["width"]
         size["width"] = width
     return BACKBONES[name](action_dim, horizon, conditioning, **size)
@@ -359,14 +383,16 @@ def make_backbone(name, scale="laptop", action_dim=2, horizon=16, conditioning="
 
 # The lesson ---------------------------------------------------------------------------------------
 
-# Millions of parameters, backbone and conditioning, of the official modules that are ever called.
-# (The tokens' without positions; with those of their 10 steps 8.436 and 6.327, here there are 16.)
+# Millions of parameters, (backbone, conditioning), of the modules that the official code calls.
+# Tokens are counted without their positions. The official DP-T has 10 steps and ours has 16: this
+# makes small differences.
 PAPER = {"unet film": (244.06, 11.56), "mlp film": (4.78, 8.70),
          "transformer film": (6.85, 4.35), "transformer additive": (6.85, 2.18),
          "transformer adaln": (6.84, 4.35), "transformer adarms": (6.84, 4.35),
          "transformer adaln-zero": (6.84, 6.53), "transformer prefix": (6.32, 0.56),
          "transformer cross-attention": (8.43, 0.56)}
-# What is acted and observed: the paper's without its image encoders, and PushT's state.
+# The paper's actions have 10 numbers, its observations 137 (after the image encoders, which are
+# not counted). PushT's actions have 2 numbers, and its state goes through a StateEncoder.
 ACTION_DIM = {"paper": 10, "laptop": 2}
 OBSERVATION = {"paper": dict(observation="none", horizon=2, size=137),
                "laptop": dict(obs_steps=2, corners=[[0, 0]] * 8, goal=[0, 0, 0])}
@@ -378,26 +404,32 @@ def count(module):
 
 
 def lesson(out):
-    """Print who trains what, and the parameters of every backbone with every mechanism."""
+    """Print the parameters of every backbone with every mechanism; save out/heads.png."""
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    figure.suptitle("Which share of a policy's parameters does stage 2 train? "
+                    "(numbers: millions of parameters)")
     for axis, scale in zip(axes, SIZES):
         print(f"\nScale {scale}, millions of parameters. Normal training and stage 1 train all of "
-              "them,\nstage 2 freezes the backbone and trains a new conditioning.\n"
+              "them.\nStage 2 freezes the backbone and trains a new conditioning.\n"
               f"{'':28}  backbone  conditioning   the paper's")
         for name, kind in BACKBONES.items():
             for conditioning in kind.mechanisms:
-                with torch.device("meta"):     # shapes without memory
+                with torch.device("meta"):     # tensors with a shape, but without memory
                     backbone = make_backbone(name, scale, ACTION_DIM[scale], 16, conditioning)
                     pathway = make_conditioning(backbone, **OBSERVATION[scale])
                 frozen, trained = count(backbone) / 1e6, count(pathway) / 1e6
                 label = f"{name} {conditioning}"
                 paper = PAPER.get(label) if scale == "paper" else None
                 print(f"{label:28}{frozen:10.3f}{trained:14.3f}   {paper or '-'}")
-                axis.barh(label, frozen, 0.8, color="lightsteelblue")
-                axis.barh(label, trained, 0.4, color="C1")
-        axis.set(xscale="log", xlim=(0.1, 500), title=f"scale {scale}",
-                 xlabel="millions of parameters. Stage 2 freezes blue, trains orange")
+                share = 100 * trained / (frozen + trained)
+                axis.barh(label, share, color="C1")
+                axis.barh(label, 100 - share, left=share, color="lightsteelblue")
+                axis.text(1, label, f"{trained:.2f}", va="center")
+                axis.text(99, label, f"{frozen:.2f}", va="center", ha="right")
+        axis.legend(["trained in stage 2: conditioning", "frozen: backbone"], ncols=2,
+                    loc="lower center", bbox_to_anchor=(0.5, 1))
+        axis.set(xlabel=f"share of the parameters at scale {scale}, in percent", xlim=(0, 100))
         axis.invert_yaxis()
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "heads.png", dpi=110)

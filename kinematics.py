@@ -1,13 +1,19 @@
-"""A planar robot arm and its endless, observation-free motion.
+"""A robot arm in a plane and its endless random motion: the training data of stage 1.
 
-Implements the data of stage 1 in the paper (arXiv 2511.12101, section IV-B): joint angles and the
-end-effector positions that forward kinematics gives for them. No image, no object, no task. The
-paper takes the angles of a 7-joint Franka from recorded demonstrations; here a 3-link planar arm
-wanders over the PushT board, and nothing is recorded. In the plane the paper's chain of modified
-Denavit-Hartenberg transforms (Eq. 5-7) is two sums, because the angles of the joints add up.
+Implements section IV-B of the paper (arXiv 2511.12101): pairs of joint angles and the positions of
+the end effector, the tip of the arm, that forward kinematics computes from these angles. Nothing is
+observed: there is no camera and no block. The paper takes the angles of a 7-joint Franka arm from
+recorded demonstrations. Here an arm of three links moves at random over the PushT board.
 
-Run alone, `python kinematics.py` checks the Jacobian, measures windows per second and saves a
-picture.
+The speeds and turns of this motion imitate how targets move in PushT. But it does not matter much
+which motion it is: two quite different ones were as good (MOTIONS, and results/README.md, "Is free
+data good enough?").
+
+The paper's chain of modified Denavit-Hartenberg transforms (Eq. 5-7) becomes two sums in a plane.
+The direction of a link is the sum of all joint angles up to it, and the position of the tip is the
+sum of all links.
+
+`python kinematics.py` checks the Jacobian, measures windows per second and saves a picture.
 """
 import math
 import os
@@ -18,30 +24,29 @@ from pathlib import Path
 import numpy as np
 import torch
 
-BOARD = 512.0     # px, the side of the square that the arm wanders over: PushT's board
-MARGIN = 8.0      # px, planned paths keep this far from the edges, for the arm follows inexactly
-DAMPING = 30.0    # px per rad, small beside the singular values of the Jacobian (99 % exceed 100)
+BOARD = 512.0     # px, the side of the square over which the arm moves: PushT's board
+MARGIN = 8.0      # px, planned paths keep this far from the edges: the arm follows them inexactly
+DAMPING = 30.0    # px per rad, see `joint_step`; 99 % of the Jacobian's singular values exceed 100
 
 
 @dataclass(frozen=True)
 class Motion:
-    """How the end effector moves: strokes of nearly constant velocity, at 10 Hz.
+    """How the end effector moves: a row of strokes, at 10 steps a second.
 
-    Stage 2 freezes what stage 1 learned from these numbers, so they imitate how an agent's
-    targets move in PushT: fine pushing, fast travel around the block, waiting. Random splines
-    would have no pauses, reversals or straight strokes.
+    A stroke is a piece of the path at one speed, on a straight line or a wide arc. There are three
+    kinds, as in PushT: the agent waits, pushes the block slowly, or travels fast around it.
     """
     stroke_steps: float = 8.0        # mean number of steps until a new stroke begins
-    stand_share: float = 0.1         # of the strokes that stand still
-    push_share: float = 0.45         # of the strokes that push; the rest travel
-    push_speed: tuple = (1.0, 6.0)   # px a step, drawn log-uniformly: the slow ones need precision
-    travel_speed: tuple = (8.0, 18.0)    # px a step, drawn uniformly
-    reversal_share: float = 0.15     # of the strokes that begin by turning right around
-    turn: float = 0.9                # rad, sd of the turn at which the other strokes begin
-    bend: float = 0.1                # rad a step, sd from stroke to stroke: straight or wide arcs
+    stand_share: float = 0.1         # share of the strokes that stand still
+    push_share: float = 0.45         # share of the strokes that push; the rest travel
+    push_speed: tuple = (1.0, 6.0)   # px a step, log-uniform: slow pushes, the precise ones, often
+    travel_speed: tuple = (8.0, 18.0)    # px a step, uniform
+    reversal_share: float = 0.15     # share of the strokes that begin with a turn of 180 degrees
+    turn: float = 0.9                # rad, standard deviation of the turn before the other strokes
+    bend: float = 0.1                # rad a step, standard deviation of a stroke's turn per step
 
 
-# Does it matter that the statistics are PushT's? Two motions for which they are not.
+# "fast" and "smooth" do not imitate PushT. Stage 1 with them was as good: results/README.md.
 MOTIONS = {
     "arm": Motion(),
     "fast": Motion(push_speed=(18, 30), travel_speed=(25, 40)),
@@ -56,12 +61,14 @@ def unit(heading):
 
 
 class PlanarArm:
-    """N rigid links in a row on a fixed base; joint n turns everything behind it.
+    """N rigid links in a row on a fixed base; joint n turns link n and all links after it.
 
-    link_lengths: N lengths in px. base (x, y) in px, in PushT's frame: x right, y down. The
-    default reaches every point of the board from above its upper edge. motion: the Motion of
-    `sample_windows`. joint_limits, N pairs (low, high) in rad: joint 1 sweeps the half plane
-    facing the board's centre, the others 150 degrees to either side.
+    link_lengths: N lengths in px.
+    base: position (x, y) of joint 1 in px, in PushT's frame: x right, y down. The default base is
+        above the board's upper edge, and the arm reaches every point of the board.
+    motion: the Motion of `sample_windows`.
+    joint_limits (attribute): N pairs (low, high) in rad. Joint 1 turns 90 degrees to both sides of
+        the direction to the board's centre, the other joints 150 degrees to both sides.
 
     Raises ValueError if a length is not positive, or part of the board is out of reach.
     """
@@ -86,22 +93,22 @@ class PlanarArm:
         down = max(y, BOARD - y)
         furthest = math.hypot(across, down)
         reach = sum(link_lengths)
-        hole = max(0.0, 2 * max(link_lengths) - reach)    # too near the base to fold back to
+        hole = max(0.0, 2 * max(link_lengths) - reach)    # the folded arm cannot come nearer
         if furthest > reach or nearest < hole:
             raise ValueError(f"the board lies {nearest:.0f} to {furthest:.0f} px from the base, "
                              f"but the arm reaches {hole:.0f} to {reach:.0f} px")
 
     def joints(self, angles):
-        """Angles (...,N) in rad -> positions (...,N+1,2) in px: base, elbows, end effector.
+        """Angles (...,N) in rad -> positions (...,N+1,2) in px: of all joints and the end effector.
 
-        Raises ValueError if the last dimension is not N.
+        The first is the base. Raises ValueError if the last dimension is not N.
         """
         like_angles = dict(dtype=angles.dtype, device=angles.device)
         lengths = torch.tensor(self.link_lengths, **like_angles)
         if angles.shape[-1] != len(lengths):
             raise ValueError(f"angles must end in {len(lengths)} joints, "
                              f"got shape {tuple(angles.shape)}")
-        heading = angles.cumsum(-1)    # of a link: its own angle plus all before it
+        heading = angles.cumsum(-1)    # TRAP: a joint angle counts from the link before it
         links = unit(heading) * lengths[:, None]
         base = torch.tensor(self.base, **like_angles).expand_as(links[..., :1, :])
         return torch.cat([base, links], -2).cumsum(-2)
@@ -113,7 +120,8 @@ class PlanarArm:
     def jacobian(self, angles):
         """d position / d angle at angles (...,N): (...,2,N) in px per rad.
 
-        Turning joint n moves the end effector at right angles to the arrow from the joint to it.
+        When joint n turns, the end effector moves on a circle around it: at right angles to the
+        arrow from joint n to the end effector, and as many px per rad as the arrow is long.
         """
         joints = self.joints(angles)
         end_effector = joints[..., -1:, :]
@@ -124,9 +132,11 @@ class PlanarArm:
     def joint_step(self, angles, displacement):
         """The joint motion (B,N) in rad that moves the end effector by displacement (B,2) in px.
 
-        Of all that do, the smallest: the pseudo-inverse of the Jacobian, here damped,
-        J^T (J J^T + damping^2)^-1 (Nakamura & Hanafusa 1986). Without damping joint speeds grow
-        without bound where the arm is stretched out and cannot move along itself.
+        Many joint motions do so. The smallest is J^+ displacement with the pseudo-inverse
+        J^+ = J^T (J J^T)^-1 of the Jacobian J. But a stretched arm cannot move along itself: there
+        J J^T has no inverse, and near there the joints would move too fast. Damping prevents this:
+        J^T (J J^T + DAMPING^2 I)^-1 (Nakamura & Hanafusa 1986). The price is that the end effector
+        moves a little less far than asked.
         """
         jacobian = self.jacobian(angles)
         damping = DAMPING ** 2 * torch.eye(2, device=angles.device)
@@ -138,13 +148,15 @@ class PlanarArm:
     def inverse(self, positions, wrist=0.6):
         """Inverse kinematics of three links: positions (...,2) in px -> angles (...,3) in rad.
 
-        Many poses reach a point. This is the one with joint 3 held at `wrist` rad, so that links 2
-        and 3 are as one forearm, and with the elbow on the side where the forearm, seen along the
-        upper arm, turns by a negative angle (on the board, y down: counter-clockwise). Nearby
-        points get nearby poses. The joint limits are not enforced.
+        Joints 1, 2 and 3 are called shoulder, elbow and wrist, as in a human arm. Many poses reach
+        a point; two choices select one of them:
+        - The wrist stays at the angle `wrist` in rad. Links 2 and 3 are then one rigid forearm.
+        - The forearm turns away from the upper arm (link 1) by a negative angle. On the board,
+          where y points down, this is counter-clockwise. The other sign gives a mirrored pose.
+        Nearby points get nearby poses. The joint limits are not checked.
         """
         upper, middle, hand = self.link_lengths
-        along = middle + hand * math.cos(wrist)
+        along = middle + hand * math.cos(wrist)    # the forearm, seen from link 2
         across = hand * math.sin(wrist)
         forearm = math.hypot(along, across)
         offset = positions - positions.new_tensor(self.base)
@@ -153,25 +165,27 @@ class PlanarArm:
         # The law of cosines in the triangle of base, elbow and end effector.
         excess = distance ** 2 - upper ** 2 - forearm ** 2
         cosine = excess / (2 * upper * forearm)
-        elbow = -cosine.clamp(-1, 1).acos()    # minus: this side of the two
+        elbow = -cosine.clamp(-1, 1).acos()    # TRAP: plus is right, too, but it is the other pose
         ahead = upper + forearm * elbow.cos()
         shift = torch.atan2(forearm * elbow.sin(), ahead)
         shoulder = torch.atan2(y, x) - shift
-        bend = elbow - math.atan2(across, along)
+        bend = elbow - math.atan2(across, along)    # of link 2, not of the whole forearm
         wrist = torch.full_like(bend, wrist)
         return torch.stack([shoulder, bend, wrist], dim=-1)
 
     def sample_windows(self, batch, horizon, generator=None, device=None):
-        """An endless stream of random motion over the board, on the generator's device, or `device`.
+        """`batch` new windows of random motion over the board; each call draws other ones.
 
         Returns angles (B,T,N) in rad within joint_limits and positions (B,T,2) in px within
-        [0, 512], with positions = forward(angles): T steps at 10 Hz.
+        [0, 512], with positions = forward(angles): T = horizon steps at 10 Hz. Both are made on
+        the generator's device, or without a generator on `device`.
 
         Raises ValueError if batch < 1 or horizon < 2.
         """
         if batch < 1 or horizon < 2:
             raise ValueError(f"batch must be >= 1 and horizon >= 2, got {batch} and {horizon}")
-        # One window of 16 steps in eight meets a joint limit and is dropped, of longer ones more.
+        # About one window of 16 steps in eight meets a joint limit and is dropped. More of the
+        # longer ones are, so more windows are drawn than asked for.
         drawn = batch + batch * horizon // 32 + 64
         device = generator.device if generator else device
         angles = self._start_angles(drawn, generator, device)
@@ -186,7 +200,7 @@ class PlanarArm:
         return angles[rows], positions[rows]
 
     def _start_angles(self, count, generator, device):
-        """Random poses on the board, (count,N) in rad: about a third of all poses are there."""
+        """Random poses (count,N) in rad with the end effector on the board: a third of all."""
         low, high = torch.tensor(self.joint_limits, device=device).T
         share = torch.rand(4 * count, len(low), generator=generator, device=device)
         angles = low + (high - low) * share
@@ -204,26 +218,27 @@ class PlanarArm:
         rows = passed.nonzero().flatten()
         if len(rows) == 0:
             raise ValueError(f"no sampled motion within {self.joint_limits} rad stays on the board")
-        # Were there too few, some would repeat; a loop until there are enough might never end.
+        # If there are too few, some repeat. A loop until there are enough might never end.
         order = torch.arange(count, device=rows.device)
         return rows[order % len(rows)]
 
     def _paths(self, start, horizon, generator):
-        """Where the end effector is to go from start (B,2): (B,horizon,2) in px, on the board."""
-        # A joint cannot jump to another velocity: three steps are averaged, hence two more.
+        """Planned path of the end effector from start (B,2): (B,horizon,2) in px, on the board."""
+        # A joint cannot jump to another velocity. So the path is an average over three steps, which
+        # needs two steps more.
         shape = len(start), horizon + 1
         velocity = self._strokes(shape, generator, start.device)
         start = start[:, None]
         moved = start + velocity.cumsum(1)
         path = torch.cat([start, moved], dim=1)
-        # The edges are mirrors: fold the unbounded path back onto the board.
+        # The edges act as mirrors: a path that leaves the board is folded back onto it.
         inner = BOARD - 2 * MARGIN
         folded = inner - (path - MARGIN).remainder(2 * inner)
         path = BOARD - MARGIN - folded.abs()
         return path.unfold(1, 3, 1).mean(-1)
 
     def _strokes(self, shape, generator, device):
-        """Velocities (B,steps,2) in px a step, strokes as in self.motion; shape: (B,steps)."""
+        """Velocities (B,steps,2) in px a step of random strokes, see Motion; shape: (B,steps)."""
         motion = self.motion
         options = dict(generator=generator, device=device)
         begins, kind, push, travel, reverses = torch.rand(5, *shape, **options)
@@ -242,7 +257,8 @@ class PlanarArm:
         bend = motion.bend * torch.randn(shape, **options)
         first_heading = math.tau * torch.rand(shape, **options)[:, :1]
 
-        # At each step, the index of the step at which its stroke began: speed and bend hold since.
+        # `began` is at each step the index of the step at which its stroke began. A stroke keeps
+        # the speed and the bend that were drawn for that step.
         step = torch.arange(shape[1], device=device)
         began = torch.where(begins, step, 0).cummax(1).values
         speed = speed.gather(1, began)
@@ -255,37 +271,59 @@ class PlanarArm:
 # The lesson ------------------------------------------------------------------------------------
 
 def lesson(out):
-    """Print shapes, a check of the Jacobian and the motion's speeds; save out/kinematics.png."""
+    """Check the Jacobian, compare the motions with PushT's expert; save out/kinematics.png."""
     import matplotlib.pyplot as plt
 
     arm = PlanarArm()
     start = time.perf_counter()
     angles, positions = arm.sample_windows(20_000, 16, torch.Generator().manual_seed(0))
     seconds = time.perf_counter() - start
-    print("1. Angles in rad:", angles.shape)
-    print("   Positions in px:", positions.shape)
-    print("   Windows a second:", 20_000 // seconds)
+    print("1. Free data. Angles in rad:", tuple(angles.shape))
+    print("   Positions of the end effector in px:", tuple(positions.shape))
+    print(f"   Windows a second: {20_000 / seconds:,.0f}")
 
     pose = angles[0, 0]
     print("2. Jacobian in px per rad:", arm.jacobian(pose))
     print("   by automatic differentiation:", torch.func.jacrev(arm.forward)(pose))
 
-    velocity = positions.diff(dim=1)
-    speed = velocity.norm(dim=-1).flatten()
-    print("3. Median speed in px a step:", speed.median())
-
-    figure = plt.figure(figsize=(12, 5.5), layout="constrained")
+    figure = plt.figure(figsize=(12, 6.5), layout="constrained")
     board, speeds = figure.subplots(1, 2)
-    board.plot(*positions[:80].numpy().T)
-    poses = arm.joints(angles[:5, 0]).numpy()
-    board.plot(*poses.T, "o-", lw=3)
-    board.set_title("80 windows of 16 steps and five poses, px")
-    board.set(xlim=(0, BOARD), ylim=(BOARD, 0), aspect="equal")
-    speeds.hist(speed, range(31))
-    speeds.set_title("speed, px a step (10 Hz)")
+    board.set_title("Free data: the tip of the arm moves over the whole board")
+    board.plot(*positions[:100].numpy().T, color="0.6", lw=1)
+    board.lines[0].set_label("paths of the tip, 1.6 s each")
+    for number, joints in enumerate(arm.joints(angles[:3, 0]).numpy(), start=1):
+        board.plot(*joints.T, "o-", lw=3, label=f"the arm, pose {number}")
+    board.plot([0, BOARD, BOARD, 0, 0], [0, 0, BOARD, BOARD, 0], "k", lw=1, label="PushT's board")
+    board.set(xlabel="x in px", ylabel="y in px, downwards", aspect="equal")
+    board.invert_yaxis()
+    board.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
+
+    print("3. Median speed in px a step:")
+    for name, motion in MOTIONS.items():
+        arm = PlanarArm(motion=motion)
+        _, positions = arm.sample_windows(5_000, 16, torch.Generator().manual_seed(0))
+        speed = positions.diff(dim=1).norm(dim=-1).flatten().numpy()
+        print(f"   {np.median(speed):.1f}  motion {name!r}")
+        speeds.hist(speed, range(41), density=True, histtype="step", label=f"motion {name!r}")
+    speed = expert_speed()
+    print(f"   {np.median(speed):.1f}  targets of PushT's expert")
+    speeds.hist(speed, range(41), density=True, color="0.8", label="targets of PushT's expert")
+    speeds.set_title("Speed: motion 'arm' imitates PushT's expert,\n"
+                     "but stage 1 on the other two was as good")
+    speeds.set(xlabel="speed in px a step of 0.1 s", ylabel="share of the steps in each px")
+    speeds.legend()
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "kinematics.png", dpi=100)
     print("Picture:", out / "kinematics.png")
+
+
+def expert_speed():
+    """How far the target of PushT's scripted expert moves in each step, (steps,) in px."""
+    from sim_pusht import expert_demonstrations
+    demonstrations = expert_demonstrations(15)
+    episodes = np.split(demonstrations["action"], demonstrations["episode_ends"][:-1])
+    moves = np.concatenate([np.diff(targets, axis=0) for targets in episodes])
+    return np.linalg.norm(moves, axis=1)
 
 
 if __name__ == "__main__":

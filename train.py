@@ -232,11 +232,12 @@ def stage1_batch(angles, positions, config):
 
         instant         0    1    2    3   ...  17        T + LEAD = 18
         present              p
-        denoised                  t0   t1  ...  t15       T = 16; targets are LEAD instants ahead
-        condition                 q0   q1  ...  q15       of the same instants
+        denoised                  t0   t1  ...  t15       T = 16 targets
+        condition                 q0   q1  ...  q15       angles of the same instants
 
-    The present p is the agent's position when it heads for t1, the first target to be executed. So
-    the way from p to t0, one instant on, is known from the angles alone.
+    The present p is where the agent is when it heads for t1, the first target to be executed: a
+    target lies LEAD instants ahead. What is denoised are displacements from p, which the angles do
+    not contain. So a displacement cannot be predicted better than to 1.8 px (RMS).
     """
     condition = angles if config.pretrain_condition == "joints" else positions
     return condition[:, LEAD:], positions[:, LEAD:], positions[:, OBS_STEPS - 1]
@@ -339,26 +340,19 @@ def scores(result):
                 final_coverage=float(result["final_coverage"].mean()))
 
 
-def score_policy(policy, task, episodes, folder, seconds):
-    """Evaluate a policy, draw it into `folder`; returns the first entries of summary.json."""
-    with timed(seconds, "evaluation"):
-        result = evaluate(policy, task, episodes)
-    picture, animation = folder / "rollouts.png", folder / "rollout.gif"
-    with timed(seconds, "figures"), whole(picture) as still, whole(animation) as moving:
-        _, goal = sim_pusht.TASKS[task]
-        sim_pusht.draw_rollouts(result["states"], result["length"], still, moving, goal)
+def scores_of(policy, task, result):
+    """The entries of summary.json that every evaluation has."""
     return dict(task=task, **scores(result), executed_actions=policy.executed_actions,
-                device=str(policy.action_scale.device.type), threads=torch.get_num_threads(),
+                device=policy.action_scale.device.type, threads=torch.get_num_threads(),
                 torch=torch.__version__, commit=code_version())
 
 
-def summarise(policy, config, run):
-    """Evaluate the trained policy; write summary.json and return what is in it."""
-    summary = dict(command=config.command, seed=config.seed)
-    summary |= score_policy(policy, config.task, config.episodes, run.folder, run.seconds)
+def summarise(policy, result, config, run):
+    """What summary.json says about a run: how good the policy is, and what it cost."""
     frozen = sum(weight.numel() for weight in policy.parameters() if not weight.requires_grad)
     updates = dict(stage1=config.stage1_steps, stage2=config.steps)
-    summary |= dict(
+    return dict(
+        command=config.command, seed=config.seed, **scores_of(policy, config.task, result),
         backbone=config.backbone, conditioning=config.conditioning, recipe=config.recipe,
         scale=config.scale, precision=config.precision,
         parameters=dict(backbone=count(policy.backbone), conditioning=count(policy.conditioning),
@@ -366,24 +360,30 @@ def summarise(policy, config, run):
         seconds=dict(run.seconds, total=sum(run.seconds.values())),
         iterations_per_second={stage: updates[stage] / run.seconds[stage]
                                for stage in updates if stage in run.seconds})
-    save_json(summary, run.folder / "summary.json")
-    return summary
 
 
-def save_json(values, path):
-    with whole(path) as unfinished:
-        unfinished.write_text(json.dumps(values, indent=1), encoding="utf-8")
+def save_summary(summary, folder):
+    with whole(folder / "summary.json") as unfinished:
+        unfinished.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+
+def draw_rollouts(result, task, folder):
+    """rollouts.png and rollout.gif, of the first eight scenes."""
+    _, goal = sim_pusht.TASKS[task]
+    picture, animation = folder / "rollouts.png", folder / "rollout.gif"
+    with whole(picture) as still, whole(animation) as moving:
+        sim_pusht.draw_rollouts(result["states"], result["length"], still, moving, goal)
 
 
 def report(summary, folder):
-    """Say at the end how good the policy is, what it cost and where the pictures are."""
+    """Say at the end how good the policy is, what it cost and where that is written."""
     print(f"\nscore    {summary['score']:.3f} +- {summary['score_se']:.3f}  mean of max coverage / "
           f"0.95, at most 1 ({summary['episodes']} unseen scenes, task {summary['task']})\n"
           f"success  {summary['success_rate']:.3f} +- {summary['success_se']:.3f}  coverage > 0.95 "
           f"within 300 steps, {summary['executed_actions']} actions executed of each chunk")
     for key in [key for key, value in summary.items() if isinstance(value, dict)]:
         print(key, *(f"{name} {number:,.0f}" for name, number in summary[key].items()), sep="  ")
-    print(f"see      rollouts.png, rollout.gif and summary.json in {folder}")
+    print(f"see      summary.json, rollouts.png and rollout.gif in {folder}")
 
 
 def draw_curves(rows, path):
@@ -569,7 +569,7 @@ def check(config):
 def has_fast_bf16(device, backbone):
     """Does bfloat16 make training faster? On a CPU the transformer's attention gets slower by it."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     # PyTorch has no public name for it, an older one none at all: then bool(), which is False.
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
     return backbone != "transformer" and supported()
@@ -676,7 +676,7 @@ class Run:
         """To be called before the first update; returns how many are done already."""
         self.stage, self.steps, self.losses = stage, steps, []
         self.parts = dict(policy=policy, average=average, optimizer=optimizer, schedule=schedule)
-        done = 0
+        done, self.has_told = 0, False
         if self.saved["stage"] == stage:
             done = self.restore()
         else:
@@ -685,7 +685,8 @@ class Run:
         tqdm.write(f"{stage}: {steps:,} updates; trained {trained:,} parameters, "
                    f"frozen {count(policy) - trained:,}")
         self.bar = tqdm(desc=stage, initial=done, total=steps, mininterval=1)
-        self.clock = time.perf_counter()
+        self.first, self.started = done, time.perf_counter()
+        self.clock = self.started
         return done
 
     def after_update(self, step, loss):
@@ -711,7 +712,16 @@ class Run:
             self.checkpoint(done)
         if is_last:
             self.close()
+        if now - self.started > 5 and not self.has_told:
+            self.tell_how_long(done, (done - self.first) / (now - self.started))
         self.clock = time.perf_counter()
+
+    def tell_how_long(self, done, rate):
+        """Say, once in a stage, how long the updates that are left will take at the measured rate."""
+        self.has_told = True
+        left = self.steps - done + (self.config.steps if self.stage == "stage1" else 0)
+        tqdm.write(f"{rate:.0f} updates a second on this machine: about {left / rate / 60:.0f} minutes "
+                   "of training to go, then a minute of evaluation")
 
     def mean_loss(self, done):
         """The mean since the last call; ArithmeticError if it, or a weight, is no number."""
@@ -830,12 +840,20 @@ def experiment(config, run=None, demonstrations=None):
     with contextlib.closing(run):
         policy = train_policy(config, run, demonstrations)
     policy.save(run.folder / "policy.pt")
-    summary = summarise(policy, config, run)
-    run.rows[-1][-1] = summary["success_rate"]
-    draw_curves(run.rows, run.folder / "curves.png")
+
+    with timed(run.seconds, "evaluation"):
+        result = evaluate(policy, config.task, config.episodes)
+    summary = summarise(policy, result, config, run)
+    save_summary(summary, run.folder)     # before anything is drawn, which may fail
     report(summary, run.folder)
     print("next     python -m results.evaluate", shlex.quote(str(run.folder / "policy.pt")),
           "--executed-actions 4")
+    with timed(run.seconds, "figures"):
+        draw_rollouts(result, config.task, run.folder)
+        run.rows[-1][-1] = summary["success_rate"]
+        draw_curves(run.rows, run.folder / "curves.png")
+    summary["seconds"] = dict(run.seconds, total=sum(run.seconds.values()))
+    save_summary(summary, run.folder)
     return summary
 
 
@@ -866,6 +884,7 @@ def told(error):
 
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"                           # pictures go to files
-    sys.stdout.reconfigure(errors="backslashreplace")          # a path may hold any letter
+    if hasattr(sys.stdout, "reconfigure"):                     # a notebook's has no such method
+        sys.stdout.reconfigure(errors="backslashreplace")      # a path may hold any letter
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's Ctrl-C
     main()

@@ -81,18 +81,21 @@ def main(arguments=None):
     given = sys.argv[1:] if arguments is None else arguments
     try:
         summary = dict(command=shlex.join(["python", "-m", "results.evaluate", *map(str, given)]))
-        summary |= train.score_policy(policy, task, options.episodes, folder, {})
-        train.save_json(summary, folder / "summary.json")
+        result = train.evaluate(policy, task, options.episodes)
+        summary |= train.scores_of(policy, task, result)
+        train.save_summary(summary, folder)     # before anything is drawn, which may fail
+        train.report(summary, folder)
+        train.draw_rollouts(result, task, folder)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; nothing was changed but the folder with the results")
     except Exception as error:
         sys.exit(f"evaluate: {train.told(error)}")     # exit code 1
-    train.report(summary, folder)
     return summary
 
 
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"                           # pictures go to files
-    sys.stdout.reconfigure(errors="backslashreplace")          # a path may hold any letter
+    if hasattr(sys.stdout, "reconfigure"):                     # a notebook's has no such method
+        sys.stdout.reconfigure(errors="backslashreplace")      # a path may hold any letter
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     main()

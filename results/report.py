@@ -128,6 +128,8 @@ def publish(name, preset, cells, out):
     text = table(preset, cells)
     (out / f"{name}.md").write_text(text, encoding="utf-8")
     draw(preset, cells, out / f"{name}.png")
+    if name == "main":
+        draw_front(cells, out / "front.png")
     if out.resolve() == HERE:
         readme = HERE / "README.md"
         before, _, after = split_at_markers(readme.read_text(encoding="utf-8"), name)
@@ -165,6 +167,27 @@ def draw(preset, cells, path):
     for axis in columns[0]:
         axis.set(ylabel="success on the way", xlim=(0, None), ylim=(0, 1))
     figure.savefig(path, dpi=80)
+
+
+FRONT = {"normal": "normal:\nall weights learn\nfrom demonstrations",
+         "decoupled": "decoupled:\nhead from free motion,\nthen frozen",
+         "random frozen": "control:\nhead of random weights,\nfrozen"}
+
+
+def draw_front(cells, path):
+    """The three bars of README.md: success with its standard error, a dot for each seed."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for place, (recipe, name) in enumerate(FRONT.items()):
+        group = [cell for cell in cells if cell["cell"].endswith(f", {recipe}")]
+        mean, error = spread(group, "success_rate")
+        axis.bar(place, mean, 0.6, yerr=error, capsize=6, color=["C0", "C1", "0.7"][place])
+        axis.plot([place] * len(group), [cell["success_rate"] for cell in group], "k.")
+        axis.text(place, 0.03, f"{mean:.2f}", ha="center", fontsize=15, color="white")
+    axis.set_xticks(range(len(FRONT)), FRONT.values())
+    axis.set(ylim=(0, 1), ylabel="success", title="Scenes solved, of 200 that were never shown")
+    figure.savefig(path, dpi=100)
 
 
 def split_into_panels(labels):

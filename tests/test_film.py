@@ -47,7 +47,7 @@ def test_film_is_gamma_times_h_plus_beta_of_each_sample():
 
 
 def channels_first(mechanism, h, m):
-    """The three hooks as the U-Net calls them: on h (B,D,T) and m (B,V,D,1)."""
+    """The three methods as the U-Net calls them: on h (B,D,T) and m (B,V,D,1)."""
     h = mechanism.norm(h.shape[-1])(h) if mechanism.adaptive else h
     h, m = h.mT, m.mT
     return mechanism.gate(mechanism.modulate(mechanism.after_norm(h, m), m), m).mT
@@ -145,6 +145,17 @@ def test_joint_encoder_is_sin_and_cos():
                                torch.atan2(angles.sin(), angles.cos()).double())
 
 
+@pytest.mark.parametrize("observation", ["state", "joints", "pose", "none"])
+def test_an_encoder_takes_the_observations_as_they_are_and_adds_nothing_to_the_loss(observation):
+    """Only the one of pixels does more (tests/test_pixels.py)."""
+    settings = {"state": dict(obs_steps=2, corners=CORNERS, goal=GOAL)}.get(
+        observation, dict(horizon=2))
+    encoder, observations = film.ENCODERS[observation](**settings), torch.rand(3, 2, 5)
+    assert encoder.perceive(observations) is observations
+    assert encoder.auxiliary_loss(observations) == 0
+    assert encoder(observations).shape[:2] == (3, encoder.steps)
+
+
 # F: o and tau to modulations ----------------------------------------------------------------------
 
 def conditioning(backbone_name="mlp", mechanism="film"):
@@ -190,7 +201,7 @@ def test_every_noise_draw_has_its_own_timestep():
 
 
 def test_unknown_names_are_refused_with_what_is_allowed():
-    with pytest.raises(ValueError, match="'smell'.*state, keypoints, pixels, joints"):
+    with pytest.raises(ValueError, match="'smell'.*state, pixels, joints, pose, none"):
         film.make_conditioning(make_backbone("mlp"), "smell")
 
 

@@ -1,5 +1,6 @@
 """The simulator against gym-pusht 0.1.8: recordings in tests/data, and live where installed."""
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import sim_pusht
 from sim_pusht import PushT
 
-DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests" / "data"
 PUSHES = dict(np.load(DATA / "gym_pusht_pushes.npz"))  # recorded from gym-pusht
 RANDOM = dict(np.load(DATA / "gym_pusht_random.npz"))  # the same; targets anywhere on the board
 PICTURES = dict(np.load(DATA / "gym_pusht_frames.npz"))
@@ -236,11 +238,6 @@ def test_coverage_of_exactly_the_threshold_is_no_success():
 
 def test_observations():
     state = PushT(3).reset(5)
-    env = PushT(3, observation="keypoints")
-    points = env.reset(5)
-    assert points.shape == (3, 18)
-    np.testing.assert_allclose(points[:, 16:], state[:, :2])
-    np.testing.assert_allclose(points[:, :16].reshape(3, 8, 2), sim_pusht.keypoints(state[:, 2:]))
     env = PushT(3, observation="pixels")
     first = env.reset(5)
     assert first["pixels"].shape == (3, 96, 96, 3) and first["pixels"].dtype == np.uint8
@@ -322,7 +319,7 @@ def test_bad_actions_are_refused(actions, message):
 
 @pytest.mark.parametrize("arguments, message", [
     ({"task": "far"}, "'far'; allowed: full, near"), ({"num_envs": 0}, "at least 1"),
-    ({"observation": "touch"}, "'touch'; allowed: state, keypoints, pixels")])
+    ({"observation": "touch"}, "'touch'; allowed: state, pixels")])
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         PushT(**arguments)
@@ -403,6 +400,17 @@ def test_play_counts_until_the_first_success():
     assert result["length"].tolist() == [1, 3, 2]
     assert result["max_coverage"].tolist() == [0.96, 0.97, 0.98]
     assert result["final_coverage"].tolist() == [0.96, 0.97, 0.98]
+
+
+def test_play_does_not_count_a_success_before_the_first_action():
+    """A block may lie in the goal from the start: waiting is then a success, pushing it away none."""
+    coverage = [[0.97, 0.99, 0.5], [0.96, 0.3, 0.2], [0.1, 0.96, 0.4], [0.1, 0.1, 0.1]]
+    result = sim_pusht.play(Script(coverage, max_steps=3), counting([], 1))
+    assert result["length"].tolist() == [1, 2, 3]
+    assert result["max_coverage"].tolist() == [0.96, 0.96, 0.5]     # the start counts if no success
+    assert result["final_coverage"].tolist() == [0.96, 0.96, 0.1]
+    away = sim_pusht.play(Script([[0.99], [0.6], [0.2]], max_steps=2), counting([], 1))
+    assert away["max_coverage"].tolist() == [0.6] and away["length"].tolist() == [2]
 
 
 def test_play_in_the_simulator():
@@ -546,6 +554,14 @@ def test_rollouts_are_saved(tmp_path):
     assert files[0].read_bytes()[:4] == b"\x89PNG" and files[1].read_bytes()[:3] == b"GIF"
 
 
+def test_the_lesson_runs_and_saves_its_pictures(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "sim_pusht.py", "--task", "near"], cwd=tmp_path,
+                          text=True, capture_output=True)
+    assert done.returncode == 0 and "Steps until the success" in done.stdout, done.stderr
+    assert {path.name for path in (tmp_path / "runs/lessons/sim_pusht").iterdir()} == {
+        "rollouts.png", "rollout.gif"}
+
+
 # Demonstration files ------------------------------------------------------------------------------
 
 GOOD = {"state": np.ones((6, 5), np.float32), "action": np.ones((6, 2), np.float32),
@@ -606,12 +622,24 @@ def test_unreadable_demonstrations_are_refused(tmp_path):
         sim_pusht.load_demonstrations(tmp_path / "none.npz")
 
 
-def test_play_says_what_is_missing_without_a_display():
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "sim_pusht.py", "--play", "nowhere.npz"], cwd=root, text=True,
-                          capture_output=True, env=os.environ | {"MPLBACKEND": "agg"})
-    assert done.returncode == 2
-    assert "no window can be opened" in done.stderr and done.stderr.count("\n") == 1
+@pytest.mark.parametrize("change, question", [
+    (lambda state, action: (state / [512, 512, 512, 512, 1], action / 512), "no position exceeds"),
+    (lambda state, action: (state / [256, 256, 256, 256, 1] - [1, 1, 1, 1, 0], action / 256 - 1),
+     "no position exceeds 1"),
+    (lambda state, action: (state * [1, 1, 1, 1, 180 / np.pi], action), "largest angle is .* rad"),
+    (lambda state, action: (state, action - state[:, :2]), "half of the actions lie .* from the"),
+    (lambda state, action: (state, action / 512), "half of the actions lie .* from the agent"),
+    (lambda state, action: (state, action), ""),
+    (lambda state, action: (state - [0, 0, 0, 0, 4 * np.pi], action), "")])
+def test_other_units_are_doubted_in_one_line_but_loaded(tmp_path, capsys, change, question):
+    data = sim_pusht.expert_demonstrations(3, seed=1)
+    state, action = change(data["state"], data["action"])
+    np.savez(tmp_path / "units.npz", **data | {"state": state, "action": action})
+    loaded = sim_pusht.load_demonstrations(tmp_path / "units.npz")
+    np.testing.assert_array_equal(loaded["state"], np.float32(state))
+    said = capsys.readouterr().err
+    assert said.count("\n") == bool(question) and re.search(question, said), said
+    assert not question or said.startswith(str(tmp_path / "units.npz"))
 
 
 # Other sources ------------------------------------------------------------------------------------

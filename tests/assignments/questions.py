@@ -138,7 +138,7 @@ tau = mlp([sin(k w_0) ... sin(k w_{n-1}), cos(k w_0) ... cos(k w_{n-1})]) for ti
         number="3.1", target="heads.MLPBlock.forward", title="A block of DP-MLP",
         marks=5, minutes=20, needs=(), row="IV-D, DP-MLP, 4M",
         equation="x' = after_norm(LN(x + gate(W2 modulate(gelu(W1 x + b1)) + b2)))",
-        hint="The three hooks belong to `self.mechanism`; each takes features and the modulation. "
+        hint="`self.mechanism` has the three methods; each takes features and the modulation. "
              "Dropout acts on the wide layer before it is modulated, and on the branch before the "
              "gate. `self.norm` comes last: post-norm.",
         tests=(NET + "test_an_mlp_block_gives_the_recorded_numbers",
@@ -230,8 +230,8 @@ where n = num_averaged""",
         hint="Normalise the actions and repeat each row K = `self.noise_samples` times, copies "
              "next to each other. Each has its own k and eps. `choose_steps` then takes a part of "
              "the horizon of both; hand what else it returns to `predict_noise`. Encode the "
-             "observations once, not K times. (Where `corner_weight` is not 0, that times the "
-             "encoder's `corner_error` is added: for pixels, without marks.)",
+             "observations once, not K times: `encoder.perceive`, then `encode`. Last, add "
+             "the encoder's `auxiliary_loss`. It is 0 here; from pixels it is a second term.",
         tests=(NET + "test_a_network_that_solves_for_the_noise_has_no_loss[plain]",
                NET + "test_a_network_that_solves_for_the_noise_has_no_loss[both]",
                NET + "test_the_present_position_can_be_given",
