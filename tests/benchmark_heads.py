@@ -202,10 +202,10 @@ class Head(nn.Module):
             film.TokenConditioning(Given(), time_dim) if mechanism.tokens else
             film.Conditioning(Given(), time_dim, self.backbone.modulation_widths, mechanism))
 
-    def forward(self, noisy_actions, timestep, observations, **subset):
+    def forward(self, noisy_actions, timestep, observations, steps=None):
         o = self.conditioning.encode(observations)
         tau = self.backbone.time_encoder(timestep)
-        return self.backbone(noisy_actions, self.conditioning(o, tau), **subset)
+        return self.backbone(noisy_actions, self.conditioning(o, tau), steps)
 
 
 def batch_of(head, batch):
@@ -218,23 +218,23 @@ def our_step(head, frozen, bf16=False, subset=None):
     """A function that does one training step as train.py does it."""
     model = Head(head)
     model.backbone.requires_grad_(not frozen)
-    trained = model.conditioning if frozen else model
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=True)
-    average = AveragedModel(trained, multi_avg_fn=functools.partial(train.ema_update, 0.9999))
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)
+    average = AveragedModel(model, multi_avg_fn=functools.partial(train.ema_update, 0.9999))
 
     def step(noisy, timestep, observations, noise):
-        extra = {}
+        steps = None
         if subset:
             steps = torch.rand(noisy.shape[:2]).topk(subset).indices
             index = steps[..., None].expand(-1, -1, ACTION_DIM)
-            noisy, noise, extra = noisy.gather(1, index), noise.gather(1, index), dict(steps=steps)
+            noisy, noise = noisy.gather(1, index), noise.gather(1, index)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = F.mse_loss(model(noisy, timestep, observations, **extra), noise)
+            loss = F.mse_loss(model(noisy, timestep, observations, steps), noise)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(trained.parameters(), math.inf)
+        nn.utils.clip_grad_norm_(weights, math.inf)
         optimizer.step()
-        average.update_parameters(trained)
+        average.update_parameters(model)
     return step
 
 
@@ -423,21 +423,24 @@ def benchmark_sampling(heads, threads, repeats):
 class Stopwatch:
     """In the place of a train.Run: takes the time of an update, after a few."""
 
-    def __init__(self):
-        self.saved, self.losses = {"stage": ""}, []
+    warmup = 5     # updates that do not count
 
-    def updates(self, stage, steps, *parts):
-        yield from range(5)
-        start = CLOCK()
-        yield from range(steps)
-        self.seconds = (CLOCK() - start) / steps
+    def begin(self, stage, steps, *parts):
+        self.steps = steps
+        return 0
+
+    def after_update(self, step, loss):
+        if step == self.warmup - 1:
+            self.start = CLOCK()
+        if step == self.steps - 1:
+            self.seconds = (CLOCK() - self.start) / (self.steps - self.warmup)
 
 
 def benchmark_observation(heads, threads, repeats, updates=40):
     """What freezing buys with each observation: train.train_policy itself, at laptop scale."""
-    print("An update of the default run, laptop scale, ms; freezing saves less of it where the eye, "
-          "which\nis trained in both, takes most. (The paper's: +3 to 8 % steps/s for DP-MLP, "
-          "+41 % for DP-C.)")
+    print("An update of the default run, laptop scale, ms. Freezing saves a smaller share of it where "
+          "the\nencoder of pixels, which is trained in both, takes most. (The paper's: +3 to 8 % "
+          "steps/s for DP-MLP, +41 % for DP-C.)")
     demonstrations = sim_pusht.expert_demonstrations(20, "near", seed=0)
     for head in [head for head in heads if head != "DP-T"]:
         for observation in ("state", "pixels"):
@@ -446,10 +449,11 @@ def benchmark_observation(heads, threads, repeats, updates=40):
                 seconds = {"normal": [], "random-frozen": []}
                 for _ in range(repeats):
                     for recipe in seconds:
-                        config, _ = train.parse(["--backbone", HEADS[head][0], "--steps",
-                                                 str(updates), "--observation", observation])
-                        config.recipe, stopwatch = recipe, Stopwatch()
-                        train.train_policy(config, stopwatch, demonstrations, torch.device("cpu"))
+                        config = train.settings(train.Config(
+                            backbone=HEADS[head][0], steps=updates + Stopwatch.warmup,
+                            observation=observation, recipe=recipe, device="cpu"))
+                        stopwatch = Stopwatch()
+                        train.train_policy(config, stopwatch, demonstrations)
                         seconds[recipe].append(stopwatch.seconds)
                 normal, frozen = (1000 * statistics.median(row) for row in seconds.values())
                 print(f"{head:10} {observation:6} {count} thread(s), {config.precision}: normal "

@@ -229,7 +229,7 @@ where n = num_averaged""",
         equation="E |eps - eps_hat(x_k, k, o)|², k uniform on all timesteps, eps standard normal",
         hint="Normalise the actions and repeat each row K = `self.noise_samples` times, copies "
              "next to each other. Each has its own k and eps. `choose_steps` then takes a part of "
-             "the horizon of both; hand what else it returns to `predict_noise`. Encode the "
+             "the horizon of both; give `predict_noise` the steps that it returns. Encode the "
              "observations once, not K times: `encoder.perceive`, then `encode`. Last, add "
              "the encoder's `auxiliary_loss`. It is 0 here; from pixels it is a second term.",
         tests=(NET + "test_a_network_that_solves_for_the_noise_has_no_loss[plain]",
@@ -237,6 +237,7 @@ where n = num_averaged""",
                NET + "test_the_present_position_can_be_given",
                NET + "test_the_loss_encodes_an_observation_once_for_all_its_draws",
                NET + "test_the_loss_of_a_silent_network_is_one",
+               NET + "test_what_the_encoder_adds_to_the_loss_is_added",
                NET + "test_every_noise_draw_has_its_own_timestep_and_all_timesteps_are_trained",
                NET + "test_every_number_has_its_own_noise")),
     Question(
