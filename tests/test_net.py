@@ -262,8 +262,8 @@ def by_hand():
     return np.array(losses), np.array(averages), weight
 
 
-def fitted(tmp_path, policy, targets=TARGETS, **changes):
-    """Let train.fit make the 12 updates of `by_hand` in stage 2; returns the average and the run."""
+def fitted(tmp_path, policy, targets=TARGETS, stage="stage2", **changes):
+    """Let train.fit make the 12 updates of `by_hand`; returns the average and the run."""
     config, _ = train.parse(["--smoke", "--precision", "fp32", "--device", "cpu", "--steps", "12",
                              "--learning-rate", "0.1", "--out", str(tmp_path / "run")])
     vars(config).update(warmup=4, betas=(0.9, 0.98), clip_norm=4.0, ema_decay=0.8, log_every=3,
@@ -271,7 +271,7 @@ def fitted(tmp_path, policy, targets=TARGETS, **changes):
     vars(config).update(changes)
     batches = ((target,) for target in torch.tensor(targets))
     run = train.Run(config)
-    return train.fit("stage2", policy, batches, config, run), run
+    return train.fit(stage, policy, batches, config, run), run
 
 
 def numbers_of(policy):
@@ -342,6 +342,23 @@ def test_playing_on_the_way_is_done_by_the_average_and_leaves_no_trace(tmp_path,
     np.testing.assert_allclose(numbers_of(policy), weight, atol=1e-9)
     assert policy.learned_in == ["train"] * 12
     assert run.seconds == dict(stage2=0, evaluation=1000)
+
+
+@pytest.mark.parametrize("stage, minutes", [("stage1", 6 + 24), ("stage2", 10)])
+def test_how_long_it_will_take_is_measured(stage, minutes, tmp_path, monkeypatch):
+    """Said once, from this run's own updates; in stage 1 those of stage 2 are still to come."""
+    class Slow(TwoNumbers):
+        def loss(self, target):
+            clock[0] += 120     # seconds
+            return super().loss(target)
+
+    clock, said = [0.0], []
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(train.tqdm, "write", said.append)
+    fitted(tmp_path, Slow(), TARGETS[:6], stage=stage, stage1_steps=4, steps=12 if stage == "stage1"
+           else 6)
+    told = [line for line in said if "minutes" in line]
+    assert len(told) == 1 and f"about {minutes} minutes of training to go" in told[0]
 
 
 def test_fit_optimizes_the_trained_part_alone(tmp_path, monkeypatch):

@@ -587,6 +587,23 @@ def test_actions_that_are_no_numbers_are_one_line(demos, tmp_path, monkeypatch):
     diffusion.load_file(tmp_path / "run/checkpoint.pt", "checkpoint")
 
 
+def test_a_figure_that_cannot_be_drawn_costs_no_number(demos, tmp_path, monkeypatch, capsys):
+    """As with a broken matplotlib: what was measured is printed and kept before it is drawn."""
+    def draw_rollouts(*_):
+        raise OSError("LaTeX was not found")
+
+    monkeypatch.setattr(sim_pusht, "draw_rollouts", draw_rollouts)
+    with pytest.raises(SystemExit, match="^train.py: LaTeX was not found"):
+        train.main(tiny(demos, tmp_path / "run"))
+    assert "\nsuccess " in capsys.readouterr().out
+    kept = json.loads((tmp_path / "run/summary.json").read_text(encoding="utf-8"))
+    with pytest.raises(SystemExit, match="^evaluate: LaTeX was not found"):
+        evaluate.main([str(tmp_path / "run/policy.pt"), "--task", "near", "--episodes", "2",
+                       "--device", "cpu", "--out", str(tmp_path / "again")])
+    again = json.loads((tmp_path / "again/summary.json").read_text(encoding="utf-8"))
+    assert again["max_coverage"] == kept["max_coverage"]
+
+
 # The same numbers twice --------------------------------------------------------------------------
 
 @stress
