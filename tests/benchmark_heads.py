@@ -438,9 +438,9 @@ class Stopwatch:
 
 def benchmark_observation(heads, threads, repeats, updates=40):
     """What freezing buys with each observation: train.train_policy itself, at laptop scale."""
-    print("An update of the default run, laptop scale, ms. Freezing saves a smaller share of it where "
-          "the\nencoder of pixels, which is trained in both, takes most. (The paper's: +3 to 8 % "
-          "steps/s for DP-MLP, +41 % for DP-C.)")
+    print("An update of the default run, laptop scale, ms. Freezing saves a smaller share of it "
+          "where the\nencoder of pixels, which is trained in both, takes most. (The paper's: +3 to 8 "
+          "% steps/s for DP-MLP,\n+41 % for DP-C.)")
     demonstrations = sim_pusht.expert_demonstrations(20, "near", seed=0)
     for head in [head for head in heads if head != "DP-T"]:
         for observation in ("state", "pixels"):

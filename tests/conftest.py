@@ -33,7 +33,7 @@ def short_episodes():
 def set_intervals():
     """set_intervals(patch, log_every=5, play_every=10): from then on, runs log and play so often.
 
-    patch: a MonkeyPatch, which takes it back. Intervals: log_every, checkpoint_every and play_every,
+    patch: a MonkeyPatch, which takes it back. Intervals: log_every, checkpoint_every, play_every, all
     counted in updates.
     """
     import train

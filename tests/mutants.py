@@ -216,7 +216,7 @@ MUTANTS = [
      "A loaded policy executes 8 actions, whatever the saved one did."),
     ("policy-loaded-in-train-mode", "diffusion.py",
      "return policy.eval()", "return policy",
-     "test_evaluate_executes_as_many_actions_as_asked_for",
+     "test_save_and_load_give_the_same_actions",
      "A loaded policy acts with dropout on."),
     # The noise process ----------------------------------------------------------------------------
     ("ddpm-scales-swapped", "diffusion.py",
@@ -1258,7 +1258,7 @@ MUTANTS = [
      "After the first game training goes on without dropout."),
     ("main-no-seed", "train.py",
      "    torch.manual_seed(config.seed)\n", "",
-     "test_main_seeds_everything_that_follows",
+     "test_the_seed_decides_over_everything_that_follows",
      "--seed has no effect."),
     # sim_pusht.py ---------------------------------------------------------------------------------
     ("coverage-turned-back", "sim_pusht.py",

@@ -45,18 +45,20 @@ def refused(capsys, *arguments):
 
 
 def test_a_policy_is_scored_and_drawn_into_a_folder_beside_it(tmp_path, capsys):
-    """--task, --episodes and --executed-actions have their effect; the policy's file is not touched."""
+    """--task, --episodes and --executed-actions have their effect; the policy's file stays."""
     path = write_policy(tmp_path)
     before = path.read_bytes()
     summary = run_main(path, "--task", "near", "--episodes", 3, "--executed-actions", 4)
     assert "success" in capsys.readouterr().out
-    expected = train.evaluate(DiffusionPolicy.load(write_policy(tmp_path, executed_actions=4)),
-                              "near", 3)
+    assert path.read_bytes() == before
+    four = DiffusionPolicy.load(path)
+    four.executed_actions = 4
+    expected = train.evaluate(four, "near", 3)
     assert summary["max_coverage"] == train.scores(expected)["max_coverage"]
     assert (summary["task"], summary["episodes"], summary["executed_actions"]) == ("near", 3, 4)
-    path.write_bytes(before)
     folder = tmp_path / "policy-near-executing-4"
-    assert {file.name for file in folder.iterdir()} == {"summary.json", "rollouts.png", "rollout.gif"}
+    assert sorted(file.name for file in folder.iterdir()) == ["rollout.gif", "rollouts.png",
+                                                              "summary.json"]
     assert json.loads((folder / "summary.json").read_text()) == summary
     # The command that is kept does the same once more.
     again = evaluate.main(shlex.split(summary["command"])[3:])
@@ -145,8 +147,9 @@ def test_it_is_a_command(tmp_path):
     write_policy(folder)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii",
                                 "MPLBACKEND": "module://nowhere"}
-    for arguments, code in ((["policy.pt", "--episodes", "1", "--device", "cpu"], 0), (["no.pt"], 2)):
-        done = subprocess.run([sys.executable, "-m", "results.evaluate", *arguments], cwd=folder,
+    for arguments, code in (("policy.pt --episodes 1 --device cpu", 0), ("no.pt", 2)):
+        command = [sys.executable, "-m", "results.evaluate", *arguments.split()]
+        done = subprocess.run(command, cwd=folder,
                               env=environment, text=True, capture_output=True)
         assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1

@@ -243,7 +243,7 @@ def decay(step):
 def by_hand():
     """12 updates: AdamW (Loshchilov & Hutter 2019, Alg. 2) with clipping, warm-up, cosine, EMA.
 
-    Returns what each update saw and left: losses (12,), averages (12, 2), and the last weights (2,).
+    Returns the loss and the average of each update, (12,) and (12, 2), and the last weights (2,).
     """
     weight, mean, square, average = np.array([1.0, -2.0]), 0, 0, 0
     losses, averages = [], []
@@ -911,7 +911,9 @@ def test_act_takes_arrays_and_refuses_what_is_no_observation():
 def test_every_planted_mistake_still_finds_its_place():
     """tests/mutants.py plants some 270 mistakes; a changed line must be changed there as well."""
     from tests.mutants import ELSEWHERE, MUTANTS, ROOT
-    for name, file, old, new, _, _, *more in MUTANTS + ELSEWHERE:
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    for name, file, old, new, test, _, *more in MUTANTS + ELSEWHERE:
+        assert not test or f"def {test}(" in tests, name
         text = (ROOT / file).read_text(encoding="utf-8")
         for before, after in [(old, new), *more]:
             assert text.count(before) == 1 and before != after, name

@@ -171,7 +171,7 @@ def test_every_flag_that_is_named_exists():
 
 
 def test_the_recipe_by_hand_runs_as_it_is_printed(monkeypatch, capsys):
-    """With fewer updates, demonstrations and scenes: what it computes is looked at, not how well."""
+    """With fewer updates, demonstrations and scenes: this looks at what it computes, not how well."""
     (code,) = re.findall(r"```python\n(.*?)```", section(README, "The whole recipe by hand"), re.S)
     for most in ("updates=1000", "updates=1500"):
         assert code.count(most) == 1

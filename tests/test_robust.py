@@ -509,7 +509,8 @@ def test_every_flag_with_every_kind_of_bad_value(flag, capsys):
     ("--decoupled --action-head x.pt --keep-biases", "--keep-biases"),
     ("--action-head x.pt", "--action-head"), ("--evaluate x.pt", "--evaluate"),
     ("--corner-weight 1", "--observation"), ("--backbone unet --conditioning prefix", "prefix"),
-    ("--backbone unet --width 64", "unet"), ("--width 3", "multiple"), ("--seed 4294967296", "--seed"),
+    ("--backbone unet --width 64", "unet"), ("--width 3", "multiple"),
+    ("--seed 4294967296", "--seed"),
     ("--learning-rate 1e-300", "--learning-rate"), ("--episodes 0", "--episodes"), ("stray", "stray"),
     ("--executed-actions 16", "--executed-actions"), ("--num-demos 7 --demos DEMOS", "7"),
     ("--smok --nonsense", "--nonsense"), ("--se 1 --st 3", "ambiguous")])
@@ -647,8 +648,8 @@ def test_a_poor_environment_and_an_odd_folder_change_nothing(environment, small,
     if "utf-8" in environment.values():     # the only one here that can print the name
         words = shlex.split(hint.removeprefix("next "))
         assert words[:3] == ["python", "-m", "results.evaluate"]
-        code, _, said = finish([*words[2:], "--episodes", 1, "--device", "cpu"], folder, script="-m",
-                               env=POOR | {"PYTHONPATH": str(ROOT)})
+        code, _, said = finish([*words[2:], "--episodes", 1, "--device", "cpu"], folder,
+                               script="-m", env=POOR | {"PYTHONPATH": str(ROOT)})
         assert code == 0, said
 
 
