@@ -796,7 +796,8 @@ def _best_turn(error, turn, pivot, rate):
 
 def _distance(error, turn):
     """RMS distance in px of the block's corners from the goal's; error and turn: see `_plan`."""
-    return np.sqrt(np.abs(error) ** 2 + 2 * SPREAD * (1 - turn.real))
+    turned = np.maximum(1 - turn.real, 0)  # rounding can make the real part a little more than 1
+    return np.sqrt(np.abs(error) ** 2 + 2 * SPREAD * turned)
 
 
 def _target_on_way(agent, start, k, ways, ahead):
