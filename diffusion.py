@@ -404,16 +404,25 @@ def lesson(out):
     print(f"3. Two ways around an obstacle, 400 samples: {right.sum()} on the right, none in between:\n"
           f"   at most {distance.max():.3f} from the nearer way")
 
-    figure, axes = plt.subplots(2, len(shown), figsize=(13, 4.8), sharex=True, sharey=True)
+    figure, axes = plt.subplots(2, len(shown), figsize=(14, 5.4), sharex=True, sharey=True,
+                                layout="constrained")
+    figure.suptitle("Upper row, left to right: add_noise drowns two paths in noise. Lower row, right "
+                    "to left: sample draws six paths out of noise,\neach of which takes one of the "
+                    "two ways around the obstacle (axes: normalised positions)")
     noise = torch.randn(2, 16, 2, generator=generator)
     for t, (forward, back) in zip(shown, axes.T):
         noisy_actions = ddpm.add_noise(paths, noise, t)
-        forward.plot(*noisy_actions.permute(2, 1, 0).numpy(), ".-", lw=0.5)
-        back.plot(*visited[t][:6].permute(2, 1, 0).numpy(), ".-", lw=0.5)
+        for way, color in enumerate(("C0", "C1")):
+            label = ("the way on the right", "the way on the left")[way]
+            forward.plot(*noisy_actions[way].T.numpy(), ".-", lw=0.5, color=color, label=label)
+            taken = visited[t][:6][right[:6] == (way == 0)]
+            back.plot(*taken.permute(2, 1, 0).numpy(), ".-", lw=0.5, color=color)
+        for axis in (forward, back):
+            axis.add_patch(plt.Circle((0, 0), 0.35, color="0.8", label="obstacle"))
         forward.set_title(f"timestep {t}")
     axes[0, 0].set(xlim=(-2.5, 2.5), ylim=(-2.5, 2.5), ylabel="add_noise  →")
     axes[1, 0].set_ylabel("←  sample")
-    figure.tight_layout()
+    axes[0, 0].legend(loc="lower left", fontsize="x-small")
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "diffusion.png", dpi=110)
     print(f"Picture: {out / 'diffusion.png'}")
