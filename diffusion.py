@@ -211,8 +211,8 @@ class DiffusionPolicy(nn.Module):
     def predict_noise(self, noisy_actions, timestep, o, steps=None):
         """The whole network: noisy_actions (B,T,A), timestep (B,), encoded observation o -> noise.
 
-        Paper eq. 10: Phi has made o; f_tau, F and G follow. Stage 2 trains Phi and F, the middle
-        one of the three lines below. The other two lines are frozen.
+        Paper eq. 10: Phi has made o. The three lines below are f_tau, F and G. Stage 2 trains Phi
+        and the middle line, F; the first and the last line are frozen.
         steps: see `choose_steps`; None for all T.
         """
         tau = self.backbone.time_encoder(timestep)

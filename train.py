@@ -131,7 +131,8 @@ def learning_rate_factor(step, warmup, steps):
 def ema_decay(step, cap):
     """How much of the average is kept in update `step`; it grows, so that the start is forgotten.
 
-    As in the official code (EMAModel with power 0.75), which copies twice before it averages.
+    As in the official code (EMAModel with power 0.75). The first two updates copy the weights:
+    AveragedModel does so in the first one, and in the second one step is 0, and so is the decay.
     """
     return min(cap, 1 - (1 + step) ** -0.75)
 
@@ -669,7 +670,7 @@ class Run:
 
     @property
     def is_past_stage1(self):
-        """Does this run go on in stage 2? Its checkpoint then holds what stage 1 has made."""
+        """Does this run go on in stage 2? Then all weights come from its checkpoint, see `begin`."""
         return self.saved["stage"] == "stage2"
 
     def begin(self, stage, steps, policy, average, optimizer, schedule):
