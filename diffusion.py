@@ -1,6 +1,6 @@
 """The noise process of a diffusion policy, its two samplers, and the policy that uses them.
 
-Implements section 2.1 of the decoupled action head paper (arXiv 2511.12101): 100 timesteps on
+Implements the settings of the decoupled action head paper (arXiv 2511.12101): 100 timesteps on
 the squared-cosine schedule, noise (epsilon) prediction, clean actions clipped to [-1, 1], and
 the fixed-small variance. Sources of the equations at the lines:
   Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv 2006.11239 (DDPM)

@@ -86,7 +86,9 @@ class Additive(Mechanism):
 
 
 class AdaLN(Mechanism):
-    """Adaptive normalisation: h' = (1 + gamma) * LayerNorm(h) + beta  (Perez et al. 2018).
+    """Adaptive normalisation: (1 + gamma) * LayerNorm(x) + beta  (Perez et al. 2018).
+
+    after_norm gets h = LayerNorm(x), which the block has computed.
 
     The U-Net normalises with GroupNorm. There this is AdaGN (Dhariwal & Nichol 2021).
     """
@@ -297,7 +299,7 @@ class StateEncoder(Encoder):
         corners, goal = torch.tensor(corners).float(), torch.tensor(goal).float()
         self.register_buffer("corners", corners)
         self.register_buffer("goal_corners", place(corners, goal))
-        inputs = self.seen * obs_steps // self.steps
+        inputs = self.seen if per_step else self.seen * obs_steps
         layers = []
         for _ in range(depth - 1):
             # The LayerNorm is needed: without it, training is unstable at high learning rates.

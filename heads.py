@@ -83,6 +83,7 @@ class MLP(Backbone):
         super().__init__(action_dim=action_dim, horizon=horizon, conditioning=conditioning,
                          width=width, hidden=hidden, depth=depth, dropout=dropout)
         self.time_encoder = TimeEncoder(width)
+        # An adaptive mechanism acts after the block's norm, the others on its wide hidden layer.
         self.modulation_widths = [width if self.mechanism.adaptive else hidden] * depth
         # Standard deviation 1, not 1 / sqrt(number of inputs): as in the official MLP_FiLM.py.
         self.input_weight = nn.Parameter(torch.randn(horizon, action_dim, width))

@@ -1,6 +1,6 @@
 """A robot arm in a plane and its endless random motion: the training data of stage 1.
 
-Implements section IV-B of the paper (arXiv 2511.12101): pairs of joint angles and the positions of
+Implements section IV-A of the paper (arXiv 2511.12101): pairs of joint angles and the positions of
 the end effector, the tip of the arm, that forward kinematics computes from these angles. Nothing is
 observed: there is no camera and no block. The paper takes the angles of a 7-joint Franka arm from
 recorded demonstrations. Here an arm of three links moves at random over the PushT board.

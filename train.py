@@ -69,6 +69,7 @@ def train_policy(config, run, demonstrations):
     if config.action_head:
         backbone = load_backbone(config.action_head, backbone.config)
     elif config.recipe in ("decoupled", "pretrained") and not run.is_past_stage1:
+        # (A run that goes on in stage 2 comes past here: its checkpoint holds all weights.)
         conditioning = make_conditioning(backbone, config.pretrain_condition, horizon=HORIZON)
         policy = make_policy(conditioning, backbone, config)
         stage1 = fit("stage1", policy, stage1_batches(demonstrations, config), config, run)  # eq. 9
@@ -132,7 +133,7 @@ def ema_decay(step, cap):
     """How much of the average is kept in update `step`; it grows, so that the start is forgotten.
 
     As in the official code (EMAModel with power 0.75). The first two updates copy the weights:
-    AveragedModel does so in the first one, and in the second one step is 0, and so is the decay.
+    in the first one AveragedModel itself does so, in the second one the decay is 0.
     """
     return min(cap, 1 - (1 + step) ** -0.75)
 
@@ -224,7 +225,7 @@ def own_path_batches(demonstrations, config):
                              device=config.device)
     window, arm = windows(demonstrations, 0, HORIZON + LEAD, config.device), PlanarArm()
     while True:
-        positions = agents[draw(window, config.batch_size)]
+        positions = agents[sample_rows(window, config.batch_size)]
         yield stage1_batch(arm.inverse(positions), positions, config)
 
 
@@ -255,7 +256,7 @@ def demonstration_batches(demonstrations, config):
                                        device=config.device) for name in ("state", "action"))
     window = windows(demonstrations, 1 - OBS_STEPS, HORIZON, config.device)
     while True:
-        chosen = draw(window, config.batch_size)
+        chosen = sample_rows(window, config.batch_size)
         yield observations_of(states[chosen[:, :OBS_STEPS]], config), actions[chosen]
 
 
@@ -274,7 +275,7 @@ def observations_of(states, config):
     return {name: torch.as_tensor(values, device=states.device) for name, values in seen.items()}
 
 
-def draw(window, batch_size):
+def sample_rows(window, batch_size):
     """`batch_size` random rows of the frames' windows."""
     return window[torch.randint(len(window), (batch_size,), device=window.device)]
 
@@ -813,7 +814,7 @@ def code_version():
 
 # The whole of it ---------------------------------------------------------------------------------
 
-def begin(config):
+def prepare(config):
     """The run and its demonstrations; all bad input is found here. Raises ValueError or OSError."""
     torch.manual_seed(config.seed)
     with torch.device("meta"):     # shapes without memory: an impossible backbone is refused
@@ -834,7 +835,7 @@ def begin(config):
 def experiment(config, run=None, demonstrations=None):
     """Train and evaluate; returns the summary. For notebooks: experiment(settings(Config(...)))."""
     if run is None:
-        run, demonstrations = begin(config)
+        run, demonstrations = prepare(config)
     print(f"{config.recipe} training of {config.backbone}, scale {config.scale}, on task "
           f"{config.task} with {len(demonstrations['episode_ends']):,} demonstrations; on "
           f"{config.device}, {torch.get_num_threads()} thread(s), in {config.precision}")
@@ -863,7 +864,7 @@ def main(arguments=None):
     config, refuse = parse(arguments)
     try:
         try:
-            run, demonstrations = begin(config)
+            run, demonstrations = prepare(config)
         except (ValueError, OSError) as error:
             refuse(error)
         return experiment(config, run, demonstrations)
