@@ -406,9 +406,9 @@ def lesson(out):
 
     figure, axes = plt.subplots(2, len(shown), figsize=(14, 5.4), sharex=True, sharey=True,
                                 layout="constrained")
-    figure.suptitle("Upper row, left to right: add_noise drowns two paths in noise. Lower row, right "
-                    "to left: sample draws six paths out of noise,\neach of which takes one of the "
-                    "two ways around the obstacle (axes: normalised positions)")
+    figure.suptitle("Upper row, left to right: add_noise drowns two paths in noise. Lower row, "
+                    "right to left: sample draws six paths out of noise,\neach of which takes one "
+                    "of the two ways around the obstacle (axes: normalised positions)")
     noise = torch.randn(2, 16, 2, generator=generator)
     for t, (forward, back) in zip(shown, axes.T):
         noisy_actions = ddpm.add_noise(paths, noise, t)

@@ -72,7 +72,8 @@ def train_policy(config, run, demonstrations):
         # (A run that goes on in stage 2 comes past here: its checkpoint holds all weights.)
         conditioning = make_conditioning(backbone, config.pretrain_condition, horizon=HORIZON)
         policy = make_policy(conditioning, backbone, config)
-        stage1 = fit("stage1", policy, stage1_batches(demonstrations, config), config, run)  # eq. 9
+        batches = stage1_batches(demonstrations, config)
+        stage1 = fit("stage1", policy, batches, config, run)     # eq. 9
         stage1.save(run.folder / "action_head.pt")
         backbone = stage1.backbone
 
@@ -82,7 +83,8 @@ def train_policy(config, run, demonstrations):
     if config.keep_biases and stage1:
         copy_biases(stage1.conditioning, conditioning)
     policy = make_policy(conditioning, backbone, config)
-    return fit("stage2", policy, demonstration_batches(demonstrations, config), config, run)  # eq. 10
+    batches = demonstration_batches(demonstrations, config)
+    return fit("stage2", policy, batches, config, run)     # eq. 10
 
 
 def fit(stage, policy, batches, config, run):
@@ -722,8 +724,8 @@ class Run:
         """Say, once in a stage, how long the updates that are left will take at the measured rate."""
         self.has_told = True
         left = self.steps - done + (self.config.steps if self.stage == "stage1" else 0)
-        tqdm.write(f"{rate:.0f} updates a second on this machine: about {left / rate / 60:.0f} minutes "
-                   "of training to go, then a minute of evaluation")
+        tqdm.write(f"{rate:.0f} updates a second on this machine: about {left / rate / 60:.0f} more "
+                   "minutes of training, then the evaluation")
 
     def mean_loss(self, done):
         """The mean since the last call; ArithmeticError if it, or a weight, is no number."""
