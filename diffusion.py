@@ -197,7 +197,7 @@ class DiffusionPolicy(nn.Module):
         self.register_buffer("action_scale", torch.tensor(action_scale)[:, None])
 
     def normalise(self, actions, agent):
-        """Actions (B,T,A) in px, the agent's position (B,A) in px -> what is denoised, in [-1, 1]."""
+        """Actions (B,T,A) and the agent's position (B,A), px -> what is denoised, in [-1, 1]."""
         if self.relative:
             return ((actions - agent[:, None]) / self.action_scale).clamp(-1, 1)
         return 2 * (actions - self.low) / (self.high - self.low) - 1
@@ -380,8 +380,8 @@ def lesson(out):
         print(f"   {t:8d} {ddpm.betas[t]:7.4f} {ddpm.alphas_cumprod[t]:15.2e}"
               f" {ddpm.signal_scale[t]:7.4f} {ddpm.noise_scale[t]:7.4f}")
 
-    print("2. Data N(0.1, 0.2^2), 160,000 samples with the perfect denoiser. Even a correct sampler\n"
-          "   narrows the data, and more so in fewer steps:")
+    print("2. Data N(0.1, 0.2^2), 160,000 samples with the perfect denoiser. Even a correct\n"
+          "   sampler narrows the data, and more so in fewer steps:")
     for num_timesteps in (1000, 100, 10):
         process = DDPM(num_timesteps)
         denoiser = closed_form_denoiser(process, torch.full((1, 4, 2), 0.1), std=0.2)
@@ -401,8 +401,8 @@ def lesson(out):
     samples = ddpm.sample(watched, (400, 16, 2), generator=generator)
     right = samples[..., 0].mean(1) > 0
     distance = (samples[:, None] - paths).norm(dim=-1).mean(-1).min(1).values
-    print(f"3. Two ways around an obstacle, 400 samples: {right.sum()} on the right, none in between:\n"
-          f"   at most {distance.max():.3f} from the nearer way")
+    print(f"3. Two ways around an obstacle, 400 samples: {right.sum()} on the right, none in\n"
+          f"   between: at most {distance.max():.3f} from the nearer way")
 
     figure, axes = plt.subplots(2, len(shown), figsize=(14, 5.4), sharex=True, sharey=True,
                                 layout="constrained")

@@ -307,7 +307,7 @@ class TransformerBlock(nn.Module):
         x = x + self.mechanism.gate(branch, first)
         if self.crosses:
             # Token 0 is the timestep's, token s + 1 is observation s. Action t sees tokens 0..t+1.
-            # In stage 2 there are To + 1 tokens only, so action To - 1 and all after it see them all.
+            # Stage 2 has To + 1 tokens only, so action To - 1 and all after it see them all.
             seen = torch.ones(x.shape[1], tokens.shape[1], dtype=torch.bool, device=x.device)
             branch = self.cross_attention(self.cross_norm(x), tokens, seen.tril(1))
             x = x + self.dropout(branch)

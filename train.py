@@ -396,7 +396,8 @@ def draw_curves(rows, path):
     axes = Figure(figsize=(10, 4), layout="constrained").subplots(1, 2)
     for stage in dict.fromkeys(row[0] for row in rows):
         for axis, column in zip(axes, (3, 5)):
-            points = [(row[1], row[column]) for row in rows if row[0] == stage and row[column] != ""]
+            points = [(row[1], row[column]) for row in rows
+                      if row[0] == stage and row[column] != ""]
             axis.plot(*np.reshape(points, (-1, 2)).T, ".-", label=stage)
     axes[0].set(title="What is learned", xlabel="update", yscale="log",
                 ylabel="noise-prediction error (MSE)")
@@ -433,8 +434,8 @@ class Config:
                          "default: normal",
         "pretrained": "--pretrained: a control, as --decoupled, but freeze nothing; "
                       "default: normal"})
-    task: str = flag("full", "the benchmark; the quick lesson near, where the block is within 60 px "
-                     "and 0.75 rad of the goal; or another goal, far away; default full",
+    task: str = flag("full", "the benchmark; the quick lesson near, where the block is within 60 "
+                     "px and 0.75 rad of the goal; or another goal, far away; default full",
                      choices=sim_pusht.TASKS)
     observation: str = flag("state", "the block's pose as numbers, or a picture; default state",
                             choices=sim_pusht.OBSERVATIONS)
@@ -446,7 +447,8 @@ class Config:
     keep_biases: bool = flag(False, "a control: stage 2 starts from the biases of stage 1's "
                              "conditioning (of tokens: from their MLP, too); default: afresh")
     pretrain_condition: str = flag("joints", "what the denoiser of stage 1 is conditioned on; "
-                                   "default joints, the paper's", choices=["joints", "pose", "none"])
+                                   "default joints, the paper's",
+                                   choices=["joints", "pose", "none"])
     pretrain_data: str = flag("arm", "the motion of stage 1: free, too fast, too smooth, or the "
                               "agent's own in the demonstrations; default arm",
                               choices=[*MOTIONS, "demonstrations"])
@@ -464,13 +466,13 @@ class Config:
     steps: int = flag(None, "updates in stage 2, or in normal training; default 18000, near 8000, "
                       "of a file 12000, from pixels 20000, near 9000; paper 83000", metavar="N",
                       low=1, high=10 ** 9)
-    corner_weight: float = flag(0.2, "of the auxiliary loss, which tells a policy from pixels where "
-                                "the block's corners are; default 0.2; 0: the paper's loss",
+    corner_weight: float = flag(0.2, "of the auxiliary loss, which tells a policy from pixels "
+                                "where the block's corners are; default 0.2; 0: the paper's loss",
                                 metavar="X", low=0, high=1e4)
     learning_rate: float = flag(None, "the highest; default 0.004, paper 0.0001", metavar="X",
                                 low=1e-9, high=1e4)
-    precision: str = flag("auto", "default auto: bf16 where it is faster (a GPU that has it; DP-MLP "
-                          "and DP-C on a CPU with AVX512-BF16), else fp32",
+    precision: str = flag("auto", "default auto: bf16 where it is faster (a GPU that has it; "
+                          "DP-MLP and DP-C on a CPU with AVX512-BF16), else fp32",
                           choices=["auto", "fp32", "bf16"])
     device: str = flag("auto", "default auto: cuda if any", choices=["auto", "cpu", "cuda"])
 
@@ -567,11 +569,12 @@ def check(config):
             if config.action_head and field.name != "action_head":
                 raise ValueError(f"{name} means nothing with --action-head: stage 1 is over")
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but this PyTorch sees no CUDA GPU; allowed here: cpu, auto")
+        raise ValueError("--device cuda, but this PyTorch sees no CUDA GPU; "
+                         "allowed here: cpu, auto")
 
 
 def has_fast_bf16(device, backbone):
-    """Does bfloat16 make training faster? On a CPU the transformer's attention gets slower by it."""
+    """Does bfloat16 make training faster? On a CPU it makes the transformer's attention slower."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # PyTorch has no public name for it, an older one none at all: then bool(), which is False.
@@ -673,7 +676,7 @@ class Run:
 
     @property
     def is_past_stage1(self):
-        """Does this run go on in stage 2? Then all weights come from its checkpoint, see `begin`."""
+        """Does this run go on in stage 2? Then all weights come from its checkpoint: `begin`."""
         return self.saved["stage"] == "stage2"
 
     def begin(self, stage, steps, policy, average, optimizer, schedule):
@@ -721,11 +724,12 @@ class Run:
         self.clock = time.perf_counter()
 
     def tell_how_long(self, done, rate):
-        """Say, once in a stage, how long the updates that are left will take at the measured rate."""
+        """Say, once in a stage, how long the updates that are left take at the measured rate."""
         self.has_told = True
         left = self.steps - done + (self.config.steps if self.stage == "stage1" else 0)
-        tqdm.write(f"{rate:.0f} updates a second on this machine: about {left / rate / 60:.0f} more "
-                   "minutes of training, then the evaluation")
+        minutes = left / rate / 60
+        tqdm.write(f"{rate:.0f} updates a second on this machine: about {minutes:.0f} more minutes "
+                   "of training, then the evaluation")
 
     def mean_loss(self, done):
         """The mean since the last call; ArithmeticError if it, or a weight, is no number."""
