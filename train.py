@@ -66,10 +66,10 @@ def train_policy(config, run, demonstrations):
     ("pretrained"). Without stage 1 these are "random-frozen" and "normal".
     """
     backbone, stage1 = new_backbone(config), None
+    # A run that goes on in stage 2 skips stage 1, because its checkpoint holds all weights.
     if config.action_head:
         backbone = load_backbone(config.action_head, backbone.config)
     elif config.recipe in ("decoupled", "pretrained") and not run.is_past_stage1:
-        # (A run that goes on in stage 2 comes past here: its checkpoint holds all weights.)
         conditioning = make_conditioning(backbone, config.pretrain_condition, horizon=HORIZON)
         policy = make_policy(conditioning, backbone, config)
         batches = stage1_batches(demonstrations, config)
