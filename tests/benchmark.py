@@ -1,18 +1,21 @@
 """Speed, measured side by side in one process: what else the machine does hits all alike.
 
-    python -m tests.benchmark                all of it
+    python -m tests.benchmark                all of it but for the last
     python -m tests.benchmark simulator      environment steps a second, beside gym-pusht's
     python -m tests.benchmark step           a training step, against the official manner
     python -m tests.benchmark freeze         what freezing buys, against the arithmetic
     python -m tests.benchmark sampling       a chunk of actions, against diffusers' scheduler
+    python -m tests.benchmark command        the parts of the README's command, and their sum
+    python -m tests.benchmark gpu            ten minutes on a GPU; writes results/gpu.md
 """
 import argparse
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from tests import benchmark_heads
+from tests import benchmark_gpu, benchmark_heads, benchmark_run
 
 DATA = Path(__file__).parent / "data"
 
@@ -91,27 +94,65 @@ def simulator(options):
     table(["observation", "pushes", "environments", "steps/s", "gym-pusht", "ratio"], rows)
 
 
-def main():
-    sections = ["simulator", *benchmark_heads.BENCHMARKS]
+def positive(text):
+    """A whole number of the command line that has to be at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; allowed: 1 and more")
+    return int(text)
+
+
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("section", nargs="*", metavar="SECTION", help="default: all five")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each kind")
-    parser.add_argument("--pushes", type=int, default=25, help="simulator: those played one at a time")
-    parser.add_argument("--heads", nargs="+", default=list(benchmark_heads.HEADS),
-                        choices=list(benchmark_heads.HEADS))
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--cpu-time", action="store_true", help="heads: seconds of processor time, "
-                        "for a machine that is busy with other work (with one thread only)")
-    options = parser.parse_args()
+    # One line instead of the whole usage text.
+    parser.error = lambda message: parser.exit(2, f"tests.benchmark: {message} "
+                                               "(--help tells more)\n")
+    flag = parser.add_argument
+    flag("section", nargs="*", metavar="SECTION", help="default: all but gpu")
+    flag("--repeats", type=positive, default=5, help="measurements of each kind")
+    flag("--pushes", type=positive, default=25, help="simulator: those played one at a time")
+    flag("--heads", nargs="+", default=list(benchmark_heads.HEADS),
+         choices=list(benchmark_heads.HEADS), help="not for command")
+    flag("--threads", nargs="+", type=positive, default=[1, 2])
+    flag("--cpu-time", action="store_true", help="heads: seconds of processor time, for a machine "
+         "that is busy with other work (with one thread only)")
+    flag("--updates", type=positive, default=40, help="command, gpu: updates that one number is "
+         "measured with (gpu, laptop size: five times as many); default 40")
+    flag("--demonstrations", type=positive, default=2000, help="command: how many are made to "
+         "measure their time; default 2000, all of them")
+    flag("--device", choices=["cpu", "cuda"], default="cuda", help="gpu: cpu tries it out without "
+         "a GPU; default cuda")
+    flag("--seconds", type=positive, default=570, help="gpu: about the longest time of all of it; "
+         "default 570")
+    flag("--out", type=Path, help="gpu: the report's file; default results/gpu.md, with --device "
+         "cpu runs/gpu.md")
+    return parser
+
+
+def main(arguments=None):
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    sections = ["simulator", *benchmark_heads.BENCHMARKS, "command"]
+    for section in options.section:
+        if section not in [*sections, "gpu"]:
+            parser.error(f"no section {section!r}; there are: {', '.join(sections)}, gpu")
+    if "gpu" in options.section and options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("gpu: this PyTorch sees no CUDA GPU; --device cpu tries it out without one")
+    if options.cpu_time:
+        benchmark_heads.CLOCK = time.process_time
     for section in options.section or sections:
-        if section not in sections:
-            parser.error(f"no section {section!r}; there are: {', '.join(sections)}")
         if section == "simulator":
             simulator(options)
+        elif section == "command":
+            benchmark_run.command(options.threads, options.repeats, options.updates,
+                                  options.demonstrations)
+        elif section == "gpu":
+            folder = "results" if options.device == "cuda" else "runs"
+            failed = benchmark_gpu.gpu(options.heads, options.device, options.updates,
+                                       options.seconds, options.out or Path(folder, "gpu.md"))
+            if failed:
+                parser.exit(1, "tests.benchmark: a part of gpu failed; the report says which\n")
         else:
-            if options.cpu_time:
-                benchmark_heads.CLOCK = time.process_time
             benchmark_heads.BENCHMARKS[section](options.heads, options.threads, options.repeats)
 
 

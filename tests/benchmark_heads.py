@@ -1,6 +1,6 @@
-"""How fast the heads train and act: the sections of tests/benchmark.py but for its simulator.
+"""How fast the heads train and act: the sections step, freeze and sampling of tests/benchmark.py.
 
-Everything but `observation` is at the paper's size. The paper's code is no part of this repository:
+Everything is at the paper's size. The paper's code is no part of this repository:
 the Reference classes below are equally sized modules written in its manner, from the libraries'
 parts alone: nn.Conv1d, nn.MultiheadAttention, nn.Dropout, the condition concatenated and projected
 anew in each block; AdamW tensor by tensor, and an EMA that runs over all tensors, frozen ones
@@ -18,7 +18,6 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import film
-import sim_pusht
 import train
 from diffusion import DDPM, DiffusionPolicy
 from heads import BACKBONES, SIZES, make_backbone
@@ -418,48 +417,4 @@ def benchmark_sampling(heads, threads, repeats):
                       f"{difference:.0e}", flush=True)
 
 
-# From the state and from pictures ----------------------------------------------------------------
-
-class Stopwatch:
-    """In the place of a train.Run: takes the time of an update, after a few."""
-
-    warmup = 5     # updates that do not count
-
-    def begin(self, stage, steps, *parts):
-        self.steps = steps
-        return 0
-
-    def after_update(self, step, loss):
-        if step == self.warmup - 1:
-            self.start = CLOCK()
-        if step == self.steps - 1:
-            self.seconds = (CLOCK() - self.start) / (self.steps - self.warmup)
-
-
-def benchmark_observation(heads, threads, repeats, updates=40):
-    """What freezing buys with each observation: train.train_policy itself, at laptop scale."""
-    print("An update of the default run, laptop scale, ms. Freezing saves a smaller share of it "
-          "where the\nencoder of pixels, which is trained in both, takes most. (The paper's: +3 to 8 "
-          "% steps/s for DP-MLP,\n+41 % for DP-C.)")
-    demonstrations = sim_pusht.expert_demonstrations(20, "near", seed=0)
-    for head in [head for head in heads if head != "DP-T"]:
-        for observation in ("state", "pixels"):
-            for count in threads:
-                torch.set_num_threads(count)
-                seconds = {"normal": [], "random-frozen": []}
-                for _ in range(repeats):
-                    for recipe in seconds:
-                        config = train.settings(train.Config(
-                            backbone=HEADS[head][0], steps=updates + Stopwatch.warmup,
-                            observation=observation, recipe=recipe, device="cpu"))
-                        stopwatch = Stopwatch()
-                        train.train_policy(config, stopwatch, demonstrations)
-                        seconds[recipe].append(stopwatch.seconds)
-                normal, frozen = (1000 * statistics.median(row) for row in seconds.values())
-                print(f"{head:10} {observation:6} {count} thread(s), {config.precision}: normal "
-                      f"{normal:.1f}, frozen {frozen:.1f}: {100 * (normal / frozen - 1):+.0f} % "
-                      "updates/s", flush=True)
-
-
-BENCHMARKS = {"step": benchmark_step, "freeze": benchmark_freeze, "sampling": benchmark_sampling,
-              "observation": benchmark_observation}
+BENCHMARKS = {"step": benchmark_step, "freeze": benchmark_freeze, "sampling": benchmark_sampling}

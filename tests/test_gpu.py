@@ -5,6 +5,7 @@ GPU its "cuda" half is skipped. The meta device computes shapes alone: it refuse
 tensors of two devices, so it finds a tensor that was made on the CPU by mistake, without a GPU.
 """
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ import sim_pusht
 import train
 from diffusion import DiffusionPolicy
 from film import MECHANISMS, make_conditioning
-from heads import BACKBONES, make_backbone
+from heads import BACKBONES, SIZES, make_backbone
+from tests import benchmark, benchmark_gpu, benchmark_run
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = pytest.param("cuda", marks=NEEDS_GPU)
@@ -97,9 +99,10 @@ def reference(policy, observations, draws):
 
     So the CPU's own half of a test compares two ways to the numbers as well.
     """
-    count = len(draws[0])
-    each = [loss_and_gradients(policy, only(observations, row), *(only(part, row) for part in draws))
-            for row in range(count)]
+    count, each = len(draws[0]), []
+    for row in range(count):
+        drawn = [only(part, row) for part in draws]
+        each.append(loss_and_gradients(policy, only(observations, row), *drawn))
     losses, gradients = zip(*each)
     mean = {name: sum(rows[name] for rows in gradients) / count for name in gradients[0]}
     return sum(losses) / count, mean
@@ -149,7 +152,8 @@ def test_loss_and_gradients_from_pixels_are_the_cpus(device):
 def test_an_update_and_a_sample_make_no_tensor_on_another_device(backbone, mechanism):
     policy = make_policy(backbone, mechanism, device="meta")
     policy.sampling_steps = 2
-    observations, actions = torch.empty(3, 2, 5, device="meta"), torch.empty(3, 16, 2, device="meta")
+    observations = torch.empty(3, 2, 5, device="meta")
+    actions = torch.empty(3, 16, 2, device="meta")
     assert policy.loss(observations, actions).is_meta
     assert policy.sample(observations).is_meta
 
@@ -228,6 +232,13 @@ def demos(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Drawing knows no device, and takes longer than all the rest of a short run."""
+    for figure in ("draw_rollouts", "draw_curves"):
+        monkeypatch.setattr(train, figure, lambda *_: None)
+
+
 def run(demos, out, device, *more):
     """A run of a few updates, whose folder is `out`; returns its summary."""
     return train.main(["--smoke", "--demos", str(demos), "--steps", "8", "--stage1-steps", "4",
@@ -247,10 +258,9 @@ def assert_equal_weights(found, expected):
 
 
 @on_each_device
-@pytest.mark.usefixtures("short_episodes")
+@pytest.mark.usefixtures("short_episodes", "no_figures")
 @pytest.mark.parametrize("observation", ["state", "pixels"])
-def test_both_recipes_from_the_first_update_to_the_last_picture(observation, device, demos,
-                                                                tmp_path):
+def test_both_recipes_from_the_first_update_to_the_score(observation, device, demos, tmp_path):
     more = "--observation", observation
     normal = run(demos, tmp_path / "normal", device, *more)
     decoupled = run(demos, tmp_path / "decoupled", device, *more, "--decoupled")
@@ -259,19 +269,16 @@ def test_both_recipes_from_the_first_update_to_the_last_picture(observation, dev
     assert decoupled["parameters"]["frozen"] == decoupled["parameters"]["backbone"]
     head = weights_of(tmp_path / "decoupled/action_head.pt", "backbone.")
     assert_equal_weights(weights_of(tmp_path / "decoupled/policy.pt", "backbone."), head)
-    assert (tmp_path / "normal/rollout.gif").exists()
 
 
-@on_each_device
-@pytest.mark.usefixtures("short_episodes")
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.usefixtures("short_episodes", "no_figures")
+@pytest.mark.parametrize("backbone, device", [     # on the CPU, test_robust.py does this for all
+    ("mlp", "cpu"), *(pytest.param(name, "cuda", marks=NEEDS_GPU) for name in BACKBONES)])
 def test_a_resumed_run_ends_with_the_same_bits(backbone, device, demos, tmp_path, monkeypatch,
                                                set_intervals):
     """As the docstring of train.Run promises. The run ends in stage 2, two updates after a
     checkpoint, and the resumed run does these two again."""
     set_intervals(monkeypatch, log_every=2, checkpoint_every=4, play_every=100)
-    for figure in ("draw_rollouts", "draw_curves"):
-        monkeypatch.setattr(train, figure, lambda *_: None)     # they take longer than the rest
     arguments = device, "--decoupled", "--backbone", backbone
     run(demos, tmp_path / "whole", *arguments)
     after_update = train.Run.after_update
@@ -288,3 +295,111 @@ def test_a_resumed_run_ends_with_the_same_bits(backbone, device, demos, tmp_path
     for name in ("action_head.pt", "policy.pt"):
         assert_equal_weights(weights_of(tmp_path / "parts" / name),
                              weights_of(tmp_path / "whole" / name))
+
+
+# The benchmarks that wait for a GPU (tests/benchmark_gpu.py, tests/benchmark_run.py) --------------
+
+FAKE_TRAIN = """
+import json, pathlib, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+if "--broken" in sys.argv:
+    sys.exit("train.py: out of paper")
+folder.mkdir()
+folder.joinpath("metrics.csv").write_text(
+    "stage,step,seconds,loss,learning_rate,success\\nstage1,100,1.0,1,1,\\nstage1,300,4.0,1,1,\\n")
+if "paper" in sys.argv:
+    time.sleep(60)
+folder.joinpath("summary.json").write_text(json.dumps(dict(
+    seconds=dict(stage1=7.0), iterations_per_second=dict(stage1=88.8), success_rate=0.9,
+    success_se=0.02, score=0.99)))
+"""
+
+
+@pytest.fixture
+def fake_train(tmp_path, monkeypatch):
+    """In the place of train.py: it ends at once, fails with --broken, takes long for the paper."""
+    folder = tmp_path / "fake"
+    folder.mkdir()
+    (folder / "train.py").write_text(FAKE_TRAIN)
+    monkeypatch.setattr(benchmark_gpu, "ROOT", folder)
+    monkeypatch.setattr(benchmark_gpu, "PAPER_SECONDS", 1)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Small networks, one update to warm up, one to be measured, two demonstrations."""
+    for scale in SIZES:
+        monkeypatch.setitem(SIZES, scale, {"mlp": dict(SIZES["laptop"]["mlp"], depth=1)})
+        monkeypatch.setitem(benchmark_gpu.SIZES, scale, 1)
+    monkeypatch.setattr(benchmark_run.Stopwatch, "WARMUP", 1)
+    few = functools.partial(benchmark_run.few_demonstrations, 2)
+    for module in (benchmark_run, benchmark_gpu):
+        monkeypatch.setattr(module, "few_demonstrations", few)
+
+
+def rows_of(text):
+    """The rows of the tables in a report, as lists of their cells."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+            if line.startswith("| ")]
+
+
+@on_each_device
+@pytest.mark.usefixtures("fake_train", "quick")
+def test_the_gpu_benchmark_measures_all_its_parts(device, tmp_path):
+    benchmark.main(["gpu", "--device", device, "--heads", "DP-MLP", "--updates", "1", "--seconds",
+                    "100", "--out", str(tmp_path / "gpu.md")])
+    report = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert "failed" not in report and "missing" not in report
+    rates = [row for row in rows_of(report) if row[0] == "DP-MLP" and row[1] in ("fp32", "bf16")]
+    assert len(rates) == 4 and all(float(row[2]) > 0 for row in rates)
+    assert all((row[5] == "-") == (device == "cpu") for row in rates)
+    assert rates[-1][-4:] == ["9.11", "9.82", "19.62", "20.18"]     # table V
+    launches = [row for row in rows_of(report) if row[0] == "DP-MLP" and row[1] in SIZES]
+    assert [row[1:3] for row in launches] == [["laptop", "128"], ["paper", "64"]]
+    assert all(int(row[6].replace(",", "")) > 50 and float(row[7]) > 0 for row in launches)
+    assert "stage1 7.0" in report and "stage1 88.8" in report and "0.900 +- 0.020" in report
+    assert "at update 300 of stage1 (75.0 updates a second" in report
+
+
+@pytest.mark.usefixtures("fake_train")
+def test_a_part_of_the_gpu_benchmark_that_fails_is_named_and_the_rest_is_measured(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_gpu, "few_demonstrations", lambda: 1 / 0)
+    monkeypatch.setattr(benchmark_gpu, "PAPER_SECONDS", 0)
+    arguments = "gpu", "--device", "cpu", "--seconds", "20", "--out", str(tmp_path / "gpu.md")
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(arguments)
+    assert stopped.value.code == 1
+    report = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert "`rates` failed" in report and "`launches` failed" in report
+    assert "stage1 88.8" in report
+    result = benchmark_gpu.run_train(tmp_path, "broken", 20, "--broken")
+    assert benchmark_gpu.describe(*result) == "**It failed**: train.py: out of paper"
+
+
+def test_a_gpu_benchmark_without_a_gpu_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["gpu"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "tests.benchmark: gpu: this PyTorch sees no CUDA GPU; --device cpu tries it out without "
+        "one (--help tells more)"]
+
+
+@pytest.mark.usefixtures("short_episodes", "quick")
+def test_the_whole_command_is_the_sum_of_its_parts(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_run, "PLAYS", (2, 3))
+    threads = torch.get_num_threads()
+    benchmark.main(["command", "--updates", "1", "--repeats", "1", "--demonstrations", "2",
+                    "--threads", "1"])
+    torch.set_num_threads(threads)
+    rows = {row[0]: row[1:] for row in rows_of(capsys.readouterr().out)}
+    total = float(rows.pop("the whole command, s")[1])
+    counted = {part: int(row[0].replace(",", "")) for part, row in rows.items() if row[0].isdigit()
+               or "," in row[0]}
+    seconds = sum(number * float(rows[part][1]) / (1000 if part.endswith(" ms") else 1)
+                  for part, number in counted.items())
+    assert abs(total - seconds) < 0.01 * total + 1
+    assert list(counted.values()) == [1, 2500, 18000, 43, 1, 5, 1]
+    assert all(float(rows[part][1]) > 0 for part in counted)
