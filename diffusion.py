@@ -1,6 +1,6 @@
 """The noise process of a diffusion policy, its two samplers, and the policy that uses them.
 
-Implements section 2.1 of the decoupled action head paper (arXiv 2511.12101): 100 timesteps on
+Implements the settings of the decoupled action head paper (arXiv 2511.12101): 100 timesteps on
 the squared-cosine schedule, noise (epsilon) prediction, clean actions clipped to [-1, 1], and
 the fixed-small variance. Sources of the equations at the lines:
   Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv 2006.11239 (DDPM)
@@ -197,7 +197,7 @@ class DiffusionPolicy(nn.Module):
         self.register_buffer("action_scale", torch.tensor(action_scale)[:, None])
 
     def normalise(self, actions, agent):
-        """Actions (B,T,A) in px, the agent's position (B,A) in px -> what is denoised, in [-1, 1]."""
+        """Actions (B,T,A) and the agent's position (B,A), px -> what is denoised, in [-1, 1]."""
         if self.relative:
             return ((actions - agent[:, None]) / self.action_scale).clamp(-1, 1)
         return 2 * (actions - self.low) / (self.high - self.low) - 1
@@ -211,8 +211,8 @@ class DiffusionPolicy(nn.Module):
     def predict_noise(self, noisy_actions, timestep, o, steps=None):
         """The whole network: noisy_actions (B,T,A), timestep (B,), encoded observation o -> noise.
 
-        Paper eq. 10: Phi has made o; f_tau, F and G follow. Stage 2 trains Phi and F, the middle
-        one of the three lines below. The other two lines are frozen.
+        Paper eq. 10: Phi has made o. The three lines below are f_tau, F and G. Stage 2 trains Phi
+        and the middle line, F; the first and the last line are frozen.
         steps: see `choose_steps`; None for all T.
         """
         tau = self.backbone.time_encoder(timestep)
@@ -380,8 +380,8 @@ def lesson(out):
         print(f"   {t:8d} {ddpm.betas[t]:7.4f} {ddpm.alphas_cumprod[t]:15.2e}"
               f" {ddpm.signal_scale[t]:7.4f} {ddpm.noise_scale[t]:7.4f}")
 
-    print("2. Data N(0.1, 0.2^2), 160,000 samples with the perfect denoiser. Even a correct sampler\n"
-          "   narrows the data, and more so in fewer steps:")
+    print("2. Data N(0.1, 0.2^2), 160,000 samples with the perfect denoiser. Even a correct\n"
+          "   sampler narrows the data, and more so in fewer steps:")
     for num_timesteps in (1000, 100, 10):
         process = DDPM(num_timesteps)
         denoiser = closed_form_denoiser(process, torch.full((1, 4, 2), 0.1), std=0.2)
@@ -401,14 +401,14 @@ def lesson(out):
     samples = ddpm.sample(watched, (400, 16, 2), generator=generator)
     right = samples[..., 0].mean(1) > 0
     distance = (samples[:, None] - paths).norm(dim=-1).mean(-1).min(1).values
-    print(f"3. Two ways around an obstacle, 400 samples: {right.sum()} on the right, none in between:\n"
-          f"   at most {distance.max():.3f} from the nearer way")
+    print(f"3. Two ways around an obstacle, 400 samples: {right.sum()} on the right, none in\n"
+          f"   between: at most {distance.max():.3f} from the nearer way")
 
     figure, axes = plt.subplots(2, len(shown), figsize=(14, 5.4), sharex=True, sharey=True,
                                 layout="constrained")
-    figure.suptitle("Upper row, left to right: add_noise drowns two paths in noise. Lower row, right "
-                    "to left: sample draws six paths out of noise,\neach of which takes one of the "
-                    "two ways around the obstacle (axes: normalised positions)")
+    figure.suptitle("Upper row, left to right: add_noise drowns two paths in noise. Lower row, "
+                    "right to left: sample draws six paths out of noise,\neach of which takes one "
+                    "of the two ways around the obstacle (axes: normalised positions)")
     noise = torch.randn(2, 16, 2, generator=generator)
     for t, (forward, back) in zip(shown, axes.T):
         noisy_actions = ddpm.add_noise(paths, noise, t)

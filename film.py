@@ -29,6 +29,7 @@ from torch import nn
 
 class Mechanism:
     """How a condition acts on a residual block, x' = x + branch(norm(x)). The base: not at all.
+    (DP-MLP normalises after the sum: x' = norm(x + branch(x)).)
 
     A block calls three methods. A mechanism overrides those that it needs:
       after_norm(h, m)   h is what the block's normalisation puts out
@@ -47,7 +48,7 @@ class Mechanism:
     tokens = False         # does the backbone take tokens instead of modulations?
     prepends = False       # do the tokens stand in front of the actions, in one sequence?
     adaptive = False       # does it replace the normalisation's own scale and shift?
-    starts_closed = False  # does it start exactly at its identity, whatever is observed?
+    starts_at_identity = False  # does it start exactly at its identity, whatever is observed?
 
     def after_norm(self, h, m):
         return h
@@ -78,14 +79,16 @@ class FiLM(Mechanism):
 class Additive(Mechanism):
     """h' = h + beta: FiLM without its factor. It starts at beta = 0, as in the official code."""
     identity = (0,)
-    starts_closed = True
+    starts_at_identity = True
 
     def modulate(self, h, m):
         return h + m[:, 0]
 
 
 class AdaLN(Mechanism):
-    """Adaptive normalisation: h' = (1 + gamma) * LayerNorm(h) + beta  (Perez et al. 2018).
+    """Adaptive normalisation: (1 + gamma) * LayerNorm(x) + beta  (Perez et al. 2018).
+
+    after_norm gets h = LayerNorm(x), which the block has computed.
 
     The U-Net normalises with GroupNorm. There this is AdaGN (Dhariwal & Nichol 2021).
     """
@@ -113,7 +116,7 @@ class AdaLNZero(AdaLN):
     biases of stage 1 in stage 2, and so its gates are open.)
     """
     identity = (0, 0, 0)
-    starts_closed = True
+    starts_at_identity = True
 
     def gate(self, h, m):
         alpha = m[:, 2]
@@ -165,7 +168,7 @@ class Conditioning(nn.Module):
         with torch.no_grad():
             for bias, width in zip(self.observation_part.bias.split(self.sizes), widths):
                 bias.copy_(values.repeat_interleave(width))
-            if mechanism.starts_closed:
+            if mechanism.starts_at_identity:
                 self.observation_part.weight.zero_()
                 self.time_part.weight.zero_()
 
@@ -247,7 +250,13 @@ COARSE, FINE = 256.0, 20.0     # px that become 1: half the board; what decides 
 
 
 class Encoder(nn.Module):
-    """What all encoders have in common. A policy calls `perceive` first, then `forward`.
+    """What all encoders have in common. In this order a policy calls them:
+
+        observations = read(observations)      only in acting: checks them, makes tensors
+        agent = agent_position(observations)   where actions are counted from
+        perceived = perceive(observations)     a PixelEncoder finds the block's corners
+        o = forward(perceived)                 features, then an MLP
+        auxiliary_loss(perceived)              only in training
 
     Each encoder sets three attributes:
     steps, size: forward(perceived) returns (B, steps, size); a token mechanism makes steps tokens.
@@ -290,7 +299,7 @@ class StateEncoder(Encoder):
         corners, goal = torch.tensor(corners).float(), torch.tensor(goal).float()
         self.register_buffer("corners", corners)
         self.register_buffer("goal_corners", place(corners, goal))
-        inputs = self.seen * obs_steps // self.steps
+        inputs = self.seen if per_step else self.seen * obs_steps
         layers = []
         for _ in range(depth - 1):
             # The LayerNorm is needed: without it, training is unstable at high learning rates.

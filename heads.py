@@ -83,6 +83,7 @@ class MLP(Backbone):
         super().__init__(action_dim=action_dim, horizon=horizon, conditioning=conditioning,
                          width=width, hidden=hidden, depth=depth, dropout=dropout)
         self.time_encoder = TimeEncoder(width)
+        # An adaptive mechanism acts after the block's norm, the others on its wide hidden layer.
         self.modulation_widths = [width if self.mechanism.adaptive else hidden] * depth
         # Standard deviation 1, not 1 / sqrt(number of inputs): as in the official MLP_FiLM.py.
         self.input_weight = nn.Parameter(torch.randn(horizon, action_dim, width))
@@ -306,6 +307,7 @@ class TransformerBlock(nn.Module):
         x = x + self.mechanism.gate(branch, first)
         if self.crosses:
             # Token 0 is the timestep's, token s + 1 is observation s. Action t sees tokens 0..t+1.
+            # Stage 2 has To + 1 tokens only, so action To - 1 and all after it see them all.
             seen = torch.ones(x.shape[1], tokens.shape[1], dtype=torch.bool, device=x.device)
             branch = self.cross_attention(self.cross_norm(x), tokens, seen.tril(1))
             x = x + self.dropout(branch)
@@ -347,7 +349,7 @@ SIZES = {
         "transformer": dict(width=256, hidden=1024, heads=4, depth=8, dropout=0.3),
     },
     "laptop": {
-        "mlp": dict(width=128, hidden=256, depth=2, dropout=0.0),
+        "mlp": dict(width=128, hidden=256, depth=4, dropout=0.0),
         "unet": dict(time_dim=128, widths=(24, 48, 96), kernel=5),
         "transformer": dict(width=96, hidden=192, heads=4, depth=4, dropout=0.0),
     },

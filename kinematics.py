@@ -1,6 +1,6 @@
 """A robot arm in a plane and its endless random motion: the training data of stage 1.
 
-Implements section IV-B of the paper (arXiv 2511.12101): pairs of joint angles and the positions of
+Implements section IV-A of the paper (arXiv 2511.12101): pairs of joint angles and the positions of
 the end effector, the tip of the arm, that forward kinematics computes from these angles. Nothing is
 observed: there is no camera and no block. The paper takes the angles of a 7-joint Franka arm from
 recorded demonstrations. Here an arm of three links moves at random over the PushT board.
@@ -241,14 +241,14 @@ class PlanarArm:
         """Velocities (B,steps,2) in px a step of random strokes, see Motion; shape: (B,steps)."""
         motion = self.motion
         options = dict(generator=generator, device=device)
-        begins, kind, push, travel, reverses = torch.rand(5, *shape, **options)
+        begins, kind, u_push, u_travel, reverses = torch.rand(5, *shape, **options)
         begins = begins < 1 / motion.stroke_steps
         begins[:, 0] = True
 
         low, high = motion.push_speed
-        push = low * (high / low) ** push
+        push = low * (high / low) ** u_push
         low, high = motion.travel_speed
-        travel = low + (high - low) * travel
+        travel = low + (high - low) * u_travel
         speed = torch.where(kind < motion.stand_share + motion.push_share, push, travel)
         speed[kind < motion.stand_share] = 0.0
 

@@ -66,12 +66,14 @@ def train_policy(config, run, demonstrations):
     ("pretrained"). Without stage 1 these are "random-frozen" and "normal".
     """
     backbone, stage1 = new_backbone(config), None
+    # A run that goes on in stage 2 skips stage 1, because its checkpoint holds all weights.
     if config.action_head:
         backbone = load_backbone(config.action_head, backbone.config)
     elif config.recipe in ("decoupled", "pretrained") and not run.is_past_stage1:
         conditioning = make_conditioning(backbone, config.pretrain_condition, horizon=HORIZON)
         policy = make_policy(conditioning, backbone, config)
-        stage1 = fit("stage1", policy, stage1_batches(demonstrations, config), config, run)  # eq. 9
+        batches = stage1_batches(demonstrations, config)
+        stage1 = fit("stage1", policy, batches, config, run)     # eq. 9
         stage1.save(run.folder / "action_head.pt")
         backbone = stage1.backbone
 
@@ -81,7 +83,8 @@ def train_policy(config, run, demonstrations):
     if config.keep_biases and stage1:
         copy_biases(stage1.conditioning, conditioning)
     policy = make_policy(conditioning, backbone, config)
-    return fit("stage2", policy, demonstration_batches(demonstrations, config), config, run)  # eq. 10
+    batches = demonstration_batches(demonstrations, config)
+    return fit("stage2", policy, batches, config, run)     # eq. 10
 
 
 def fit(stage, policy, batches, config, run):
@@ -131,7 +134,8 @@ def learning_rate_factor(step, warmup, steps):
 def ema_decay(step, cap):
     """How much of the average is kept in update `step`; it grows, so that the start is forgotten.
 
-    As in the official code (EMAModel with power 0.75), which copies twice before it averages.
+    As in the official code (EMAModel with power 0.75). The first two updates copy the weights:
+    in the first one AveragedModel itself does so, in the second one the decay is 0.
     """
     return min(cap, 1 - (1 + step) ** -0.75)
 
@@ -223,7 +227,7 @@ def own_path_batches(demonstrations, config):
                              device=config.device)
     window, arm = windows(demonstrations, 0, HORIZON + LEAD, config.device), PlanarArm()
     while True:
-        positions = agents[draw(window, config.batch_size)]
+        positions = agents[sample_rows(window, config.batch_size)]
         yield stage1_batch(arm.inverse(positions), positions, config)
 
 
@@ -254,7 +258,7 @@ def demonstration_batches(demonstrations, config):
                                        device=config.device) for name in ("state", "action"))
     window = windows(demonstrations, 1 - OBS_STEPS, HORIZON, config.device)
     while True:
-        chosen = draw(window, config.batch_size)
+        chosen = sample_rows(window, config.batch_size)
         yield observations_of(states[chosen[:, :OBS_STEPS]], config), actions[chosen]
 
 
@@ -273,7 +277,7 @@ def observations_of(states, config):
     return {name: torch.as_tensor(values, device=states.device) for name, values in seen.items()}
 
 
-def draw(window, batch_size):
+def sample_rows(window, batch_size):
     """`batch_size` random rows of the frames' windows."""
     return window[torch.randint(len(window), (batch_size,), device=window.device)]
 
@@ -392,7 +396,8 @@ def draw_curves(rows, path):
     axes = Figure(figsize=(10, 4), layout="constrained").subplots(1, 2)
     for stage in dict.fromkeys(row[0] for row in rows):
         for axis, column in zip(axes, (3, 5)):
-            points = [(row[1], row[column]) for row in rows if row[0] == stage and row[column] != ""]
+            points = [(row[1], row[column]) for row in rows
+                      if row[0] == stage and row[column] != ""]
             axis.plot(*np.reshape(points, (-1, 2)).T, ".-", label=stage)
     axes[0].set(title="What is learned", xlabel="update", yscale="log",
                 ylabel="noise-prediction error (MSE)")
@@ -429,8 +434,8 @@ class Config:
                          "default: normal",
         "pretrained": "--pretrained: a control, as --decoupled, but freeze nothing; "
                       "default: normal"})
-    task: str = flag("full", "the benchmark; the quick lesson near, where the block is within 60 px "
-                     "and 0.75 rad of the goal; or another goal, far away; default full",
+    task: str = flag("full", "the benchmark; the quick lesson near, where the block is within 60 "
+                     "px and 0.75 rad of the goal; or another goal, far away; default full",
                      choices=sim_pusht.TASKS)
     observation: str = flag("state", "the block's pose as numbers, or a picture; default state",
                             choices=sim_pusht.OBSERVATIONS)
@@ -442,7 +447,8 @@ class Config:
     keep_biases: bool = flag(False, "a control: stage 2 starts from the biases of stage 1's "
                              "conditioning (of tokens: from their MLP, too); default: afresh")
     pretrain_condition: str = flag("joints", "what the denoiser of stage 1 is conditioned on; "
-                                   "default joints, the paper's", choices=["joints", "pose", "none"])
+                                   "default joints, the paper's",
+                                   choices=["joints", "pose", "none"])
     pretrain_data: str = flag("arm", "the motion of stage 1: free, too fast, too smooth, or the "
                               "agent's own in the demonstrations; default arm",
                               choices=[*MOTIONS, "demonstrations"])
@@ -458,15 +464,15 @@ class Config:
     stage1_steps: int = flag(None, "updates in stage 1; default 2500, paper 45000", metavar="N",
                              low=1, high=10 ** 9)
     steps: int = flag(None, "updates in stage 2, or in normal training; default 18000, near 8000, "
-                      "of a file 12000, from pixels 13000, near 6000; paper 83000", metavar="N",
+                      "of a file 12000, from pixels 20000, near 9000; paper 83000", metavar="N",
                       low=1, high=10 ** 9)
-    corner_weight: float = flag(0.2, "of the auxiliary loss, which tells a policy from pixels where "
-                                "the block's corners are; default 0.2; 0: the paper's loss",
+    corner_weight: float = flag(0.2, "of the auxiliary loss, which tells a policy from pixels "
+                                "where the block's corners are; default 0.2; 0: the paper's loss",
                                 metavar="X", low=0, high=1e4)
     learning_rate: float = flag(None, "the highest; default 0.004, paper 0.0001", metavar="X",
                                 low=1e-9, high=1e4)
-    precision: str = flag("auto", "default auto: bf16 where it is faster (a GPU that has it; DP-MLP "
-                          "and DP-C on a CPU with AVX512-BF16), else fp32",
+    precision: str = flag("auto", "default auto: bf16 where it is faster (a GPU that has it; "
+                          "DP-MLP and DP-C on a CPU with AVX512-BF16), else fp32",
                           choices=["auto", "fp32", "bf16"])
     device: str = flag("auto", "default auto: cuda if any", choices=["auto", "cpu", "cuda"])
 
@@ -524,7 +530,7 @@ def settings(config):
             values.update(steps=12000, batch_size=256, mirror=True, temperature=0.5)
         if config.observation == "pixels":
             # Pictures are expensive: fewer observations in a batch, more noise draws of each.
-            values.update(steps=6000 if config.task == "near" else 13000,
+            values.update(steps=9000 if config.task == "near" else 20000,
                           batch_size=64, noise_samples=4)
     if config.smoke:
         values.update(batch_size=64, steps=150, stage1_steps=100, num_demos=40, episodes=16,
@@ -563,11 +569,12 @@ def check(config):
             if config.action_head and field.name != "action_head":
                 raise ValueError(f"{name} means nothing with --action-head: stage 1 is over")
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but this PyTorch sees no CUDA GPU; allowed here: cpu, auto")
+        raise ValueError("--device cuda, but this PyTorch sees no CUDA GPU; "
+                         "allowed here: cpu, auto")
 
 
 def has_fast_bf16(device, backbone):
-    """Does bfloat16 make training faster? On a CPU the transformer's attention gets slower by it."""
+    """Does bfloat16 make training faster? On a CPU it makes the transformer's attention slower."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # PyTorch has no public name for it, an older one none at all: then bool(), which is False.
@@ -669,7 +676,7 @@ class Run:
 
     @property
     def is_past_stage1(self):
-        """Does this run go on in stage 2? Its checkpoint then holds what stage 1 has made."""
+        """Does this run go on in stage 2? Then all weights come from its checkpoint: `begin`."""
         return self.saved["stage"] == "stage2"
 
     def begin(self, stage, steps, policy, average, optimizer, schedule):
@@ -717,11 +724,12 @@ class Run:
         self.clock = time.perf_counter()
 
     def tell_how_long(self, done, rate):
-        """Say, once in a stage, how long the updates that are left will take at the measured rate."""
+        """Say, once in a stage, how long the updates that are left take at the measured rate."""
         self.has_told = True
         left = self.steps - done + (self.config.steps if self.stage == "stage1" else 0)
-        tqdm.write(f"{rate:.0f} updates a second on this machine: about {left / rate / 60:.0f} minutes "
-                   "of training to go, then a minute of evaluation")
+        minutes = left / rate / 60
+        tqdm.write(f"{rate:.0f} updates a second on this machine: about {minutes:.0f} more minutes "
+                   "of training, then the evaluation")
 
     def mean_loss(self, done):
         """The mean since the last call; ArithmeticError if it, or a weight, is no number."""
@@ -812,7 +820,7 @@ def code_version():
 
 # The whole of it ---------------------------------------------------------------------------------
 
-def begin(config):
+def prepare(config):
     """The run and its demonstrations; all bad input is found here. Raises ValueError or OSError."""
     torch.manual_seed(config.seed)
     with torch.device("meta"):     # shapes without memory: an impossible backbone is refused
@@ -833,7 +841,7 @@ def begin(config):
 def experiment(config, run=None, demonstrations=None):
     """Train and evaluate; returns the summary. For notebooks: experiment(settings(Config(...)))."""
     if run is None:
-        run, demonstrations = begin(config)
+        run, demonstrations = prepare(config)
     print(f"{config.recipe} training of {config.backbone}, scale {config.scale}, on task "
           f"{config.task} with {len(demonstrations['episode_ends']):,} demonstrations; on "
           f"{config.device}, {torch.get_num_threads()} thread(s), in {config.precision}")
@@ -862,7 +870,7 @@ def main(arguments=None):
     config, refuse = parse(arguments)
     try:
         try:
-            run, demonstrations = begin(config)
+            run, demonstrations = prepare(config)
         except (ValueError, OSError) as error:
             refuse(error)
         return experiment(config, run, demonstrations)

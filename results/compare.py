@@ -216,7 +216,11 @@ def collect(preset, file):
         cells = {(cell["cell"], cell["seed"]): cell for cell in read(file)["cells"]}
     for label, seed, folder, _ in runs(preset, seeds=100):     # more than anyone has run
         if (folder / "summary.json").exists():
-            cells[label, seed] = {"cell": label} | read_run(folder)
+            try:
+                cells[label, seed] = {"cell": label} | read_run(folder)
+            except (OSError, ValueError, LookupError, TypeError) as error:     # damaged, or empty
+                print(f"compare: {folder} is left out, a file in it is damaged ({error!r:.80}); "
+                      "move the folder away, and the run is made anew", file=sys.stderr)
     wanted = [(label, seed) for label, *_ in preset.table() for seed in range(100)]
     return [cells[place] for place in wanted if place in cells]
 

@@ -43,6 +43,8 @@ def read_curve(folder, points=25):
     """
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         logged = list(csv.DictReader(file))
+    if not logged:
+        raise ValueError("metrics.csv holds no row")
     curve = {}
     for stage in dict.fromkeys(row["stage"] for row in logged):
         rows = [row for row in logged if row["stage"] == stage]

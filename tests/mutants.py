@@ -715,7 +715,7 @@ MUTANTS = [
      "test_the_same_seed_gives_the_same_windows",
      "A part of the motion does not come from the generator: no stage 1 can be repeated."),
     ("arm-speed-uniform", "kinematics.py",
-     "push = low * (high / low) ** push", "push = low + (high - low) * push",
+     "push = low * (high / low) ** u_push", "push = low + (high - low) * u_push",
      "test_half_of_the_pushing_is_slower_than_the_geometric_mean",
      "Pushing speeds drawn uniformly: the slow, precise ones become rare."),
     ("arm-never-stands", "kinematics.py",

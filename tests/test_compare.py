@@ -164,6 +164,23 @@ def test_a_run_is_found_by_label_and_seed_and_replaces_what_was_collected(tmp_pa
     assert report.played(cells[1]) == [(1000, 50.0, 0.25), (2000, 100.0, 0.75)]
 
 
+@pytest.mark.parametrize("name", ["summary.json", "config.json", "metrics.csv"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "stage,step\n1"])
+def test_a_damaged_file_of_one_run_is_named_and_the_others_are_collected(name, text, tmp_path,
+                                                                         monkeypatch, capsys):
+    """A power cut leaves an empty file: a traceback at every later call, or all runs lost."""
+    monkeypatch.chdir(tmp_path)
+    folders = [folder for label, seed, folder, _ in compare.runs(SOURCE, 2)
+               if label == "DP-MLP, joint angles"]
+    for seed, folder in enumerate(folders):
+        write_run(folder, ["stage2,100,1.0,0.5,0.004,"], seed=seed)
+    (folders[0] / name).write_text(text, encoding="utf-8")
+    found = compare.collect(SOURCE, tmp_path / "none.json")
+    said = capsys.readouterr().err
+    assert [cell["seed"] for cell in found if cell["cell"] == "DP-MLP, joint angles"][-1] == 1
+    assert len(found) == 1 and str(folders[0]) in said and len(said.splitlines()) == 1
+
+
 def test_history_is_shown_as_it_was_collected_and_never_run(tmp_path):
     preset = compare.PRESETS["observation"]
     assert list(compare.runs(preset, 9)) == []

@@ -180,7 +180,7 @@ def test_two_halves_equal_one_product_on_the_concatenation():
 @pytest.mark.parametrize("mechanism", EQUATIONS)
 def test_one_modulation_per_layer_and_noise_draws_follow_their_observation(mechanism):
     backbone, pathway = conditioning(mechanism=mechanism)
-    if backbone.mechanism.starts_closed:     # at zero, where all are equal
+    if backbone.mechanism.starts_at_identity:     # at zero, where all are equal
         torch.nn.init.normal_(pathway.observation_part.weight)
     o = pathway.encode(torch.rand(3, 2, 5) * 400)
     modulations = pathway(o, torch.zeros(6, backbone.time_encoder.dim))
@@ -217,7 +217,7 @@ def test_a_fresh_pathway_starts_at_the_identity_on_average(backbone_name, name):
     vectors = zip(*[modulation.unbind(1) for modulation in modulations])
     for layers, value in zip(vectors, identity, strict=True):     # a layer alone is a small sample
         vector = torch.cat(layers, dim=-1)
-        if backbone.mechanism.starts_closed:
+        if backbone.mechanism.starts_at_identity:
             assert (vector == 0).all()
         else:
             assert abs(vector.mean().item() - value) < 0.1 and 0.01 < vector.std() < 0.5

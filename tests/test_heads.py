@@ -341,7 +341,7 @@ def test_fresh_tokens_make_cross_attention_add_next_to_nothing():
 @pytest.mark.parametrize("name, mechanism", PAIRS)
 def test_gradients_reach_every_trainable_tensor_and_no_frozen_one(name, mechanism, frozen):
     backbone, pathway = tiny(name, mechanism)
-    if backbone.mechanism.starts_closed:     # lets nothing through, until the first update
+    if backbone.mechanism.starts_at_identity:     # lets nothing through, until the first update
         shaken(pathway)
     backbone.requires_grad_(not frozen)
     predicted = predict(backbone, pathway, torch.randn(4, 16, 2), torch.randint(100, (4,)),

@@ -358,7 +358,7 @@ def test_how_long_it_will_take_is_measured(stage, minutes, tmp_path, monkeypatch
     fitted(tmp_path, Slow(), TARGETS[:6], stage=stage, stage1_steps=4, steps=12 if stage == "stage1"
            else 6)
     told = [line for line in said if "minutes" in line]
-    assert len(told) == 1 and f"about {minutes} minutes of training to go" in told[0]
+    assert len(told) == 1 and f"about {minutes} more minutes of training" in told[0]
 
 
 def test_fit_optimizes_the_trained_part_alone(tmp_path, monkeypatch):
