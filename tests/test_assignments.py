@@ -144,11 +144,11 @@ class PlanarArm:
     def joints(self, angles):
         if angles.shape[-1] != len(self.link_lengths):
             raise ValueError("wrong number of angles")
-        points = [torch.tensor(self.base, dtype=angles.dtype).expand(*angles.shape[:-1], 2)]
+        points = [angles.new_tensor(self.base).expand(*angles.shape[:-1], 2)]
         for n, length in enumerate(self.link_lengths):
             total = angles[..., :n + 1].sum(-1)
             points.append(points[-1] + length * torch.stack([total.cos(), total.sin()], -1))
-        return torch.stack(points, -2).to(angles.device)
+        return torch.stack(points, -2)
 """),
     "least squares": ("4.3", """
 class PlanarArm:
@@ -483,7 +483,8 @@ HOSTILE = {
                        "cls(None, None, 0, 0, 0, k['when'], _ispytest=True))\n"
                        + RIGHT, "changes what the tests rely on|was not run"),
     "spoils the others": (SPOILER + RIGHT, ""),
-    "kills the server": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n" + RIGHT, ""),
+    "kills the server": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n" + RIGHT,
+                         "ended before its tests did"),
     "says an emoji": ("raise ValueError('\N{CROCODILE}\\x1b[2J')", "ValueError"),
 }
 
@@ -712,10 +713,10 @@ def test_the_processors_that_may_be_used_are_counted(tmp_path, monkeypatch):
 
 def test_marks_are_written_as_they_come_and_kept_at_ctrl_c(tmp_path, monkeypatch, capsys):
     def run(cases, seconds, jobs, seed, done):
-        for case in cases:
+        for case in dict.fromkeys(cases):     # three of a, one of b: its others are equal
             with open(tmp_path / "marks.csv", encoding="utf-8") as file:
                 seen.append(file.read().count("\n"))
-            if len(seen) == 5:
+            if len(seen) == 4:
                 raise KeyboardInterrupt
             done(case, "not run")
 
@@ -723,7 +724,7 @@ def test_marks_are_written_as_they_come_and_kept_at_ctrl_c(tmp_path, monkeypatch
     monkeypatch.setattr(grade, "run_all", run)
     with pytest.raises(SystemExit) as exit:
         command.main(["grade", *map(str, folders), "--csv", str(tmp_path / "marks.csv")])
-    assert seen == [1, 1, 1, 2, 2]     # lines of the file before each answer
+    assert seen == [1, 1, 1, 2]     # lines of the file before each answer
     assert "1 of 2" in str(exit.value.code) and "marks.csv" in str(exit.value.code)
     rows = (tmp_path / "marks.csv").read_text("utf-8").splitlines()
     assert len(rows) == 2 and rows[1].startswith("a,")
