@@ -869,9 +869,10 @@ def test_a_class_of_forty_gets_its_marks(tmp_path):
         expected[folder] = right
     start = time.monotonic()
     marks = grade.grade(list(expected), seconds=30)
-    cases = {answer.case for folder in expected for answer in grade.answers(folder).values()}
     seconds = time.monotonic() - start
-    print(f"\nforty submissions, {len(cases)} answers: {seconds:.0f} s")
-    for folder, found in marks.items():
-        assert {number for number, mark in found.items() if not mark.reason} == expected[folder]
+    judged = sum(mark.reason != grade.BLANK for found in marks.values() for mark in found.values())
+    print(f"\nforty submissions, {judged} answers: {seconds:.0f} s")
+    wrong = {f"{folder.name} {number}: {mark.reason or 'earned'}" for folder, found in marks.items()
+             for number, mark in found.items() if (mark.reason == "") != (number in expected[folder])}
+    assert not wrong
     assert seconds < 600

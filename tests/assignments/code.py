@@ -5,6 +5,7 @@ function. Of two that have the same name the last one counts, as it does in Pyth
 made to lines of text, so what a student wrote stays as it was written.
 """
 import ast
+import functools
 import re
 import shutil
 import tokenize
@@ -74,16 +75,17 @@ def first_line(node):
     return min([node.lineno] + [part.lineno for part in getattr(node, "decorator_list", [])])
 
 
+@functools.lru_cache(maxsize=32)
 def pieces(text):
-    """All pieces of a file, a class before its members.
+    """All pieces of a file, as a tuple, a class before its members.
 
     A file that is no Python is cut where a definition begins, so that an error in one function does
     not hide the others.
     """
     try:
-        return pieces_of_tree(ast.parse(text))
+        return tuple(pieces_of_tree(ast.parse(text)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return pieces_of_lines(text)
+        return tuple(pieces_of_lines(text))
 
 
 def pieces_of_tree(tree):

@@ -248,7 +248,7 @@ class Run:
         if is_changed:
             return "changes files that it was given", True
         reasons = read(self.result)
-        if reasons is None:
+        if reasons is None or code_of_exit != 0:
             return f"ended before its tests did, exit code {code_of_exit}", True
         return reasons, False
 
