@@ -4,6 +4,16 @@ A row names a function of the six files; nothing in those files knows of it. The
 signature and docstring are the specification; `equation` and `hint` add what the docstring leaves
 open. tests/test_assignments.py checks every row: with the function blank each of its tests fails,
 as it is all pass, and at least two planted mistakes of tests/mutants.py in it are caught.
+
+To add a question:
+1. Add a row below. Take a new number of an existing part, or add a part to PARTS.
+2. Name tests that fail while the function is a blank, each by its id for pytest. Tests that other
+   questions do not need belong in tests/test_questions.py: it says how they are written.
+3. Plant at least two mistakes in the function (rows of tests/mutants.py), which these tests catch.
+4. Write "(Q number)" behind the row of README's "The paper, line by line" that `row` names.
+5. Run `python -m pytest tests/test_assignments.py`, then with `-m zoo`.
+To change marks, change `marks`; over all rows they must add up to 100. To make a question's tests
+stricter, name further tests in `tests`. Nothing else has to be changed.
 """
 from dataclasses import dataclass
 
@@ -13,8 +23,10 @@ class Question:
     """number: "part.question". target: "module.function" or "module.Class.method". marks: of 100.
 
     minutes: for a student who has read the file. needs: numbers of the questions that must be
-    solved before its tests can pass in a starter. row: the first cell of its row in README's table
-    "The paper, line by line". tests: ids for pytest, together at most a few seconds.
+    solved before its tests can pass in a starter, beside 1.1, which is recorded there. row: the
+    first cell of its row in README's table "The paper, line by line". tests: ids for pytest,
+    together at most a few seconds. unseen: further ids, which no starter has; they must ask for
+    nothing that `tests` do not ask for, only with other numbers.
     """
     number: str
     target: str
@@ -26,6 +38,7 @@ class Question:
     equation: str
     hint: str
     tests: tuple
+    unseen: tuple = ()
 
 
 PARTS = {1: "The noise process", 2: "FiLM and its siblings", 3: "Heads", 4: "Kinematics",
@@ -37,6 +50,7 @@ KINEMATICS = "tests/test_kinematics.py::"
 NET = "tests/test_net.py::"
 POLICY = "tests/test_policy.py::"
 PUSHT = "tests/test_sim_pusht.py::"
+ASKED = "tests/test_questions.py::"
 TRAIN = "tests/test_train.py::"
 
 QUESTIONS = (
@@ -59,41 +73,42 @@ q(x_{t-1} | x_t, x_0) = N(a_t x_0 + b_t x_t, s_t²), with abar_{-1} = 1 and
                DIFFUSION + "test_alphas_cumprod_falls_inside_0_1[1]",
                DIFFUSION + "test_alphas_cumprod_falls_inside_0_1[1000]",
                DIFFUSION + "test_nothing_to_save_and_nothing_to_train",
-               DIFFUSION + "test_too_few_timesteps_is_an_error[0]",
+               ASKED + "test_a_schedule_of_no_timesteps_is_refused",
                NET + "test_the_schedule_s_scales_and_posterior_follow_from_its_betas")),
     Question(
         number="1.2", target="diffusion.DDPM.add_noise", title="Adding noise",
-        marks=3, minutes=10, needs=("1.1",), row="adding noise",
+        marks=3, minutes=10, needs=(), row="adding noise",
         equation="x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps",
         hint="Question 1.1 made both roots. `at_timestep`, at the top of the file, picks those of "
              "each sample's timestep and gives them the axes that (B,T,A) needs.",
-        tests=(DIFFUSION + "test_add_noise_equals_diffusers",
-               DIFFUSION + "test_add_noise_mean_and_variance",
+        tests=(ASKED + "test_each_sample_has_the_noise_of_its_own_timestep",
+               DIFFUSION + "test_add_noise_equals_diffusers",
                NET + "test_add_noise_takes_one_timestep_for_all_or_one_for_each")),
     Question(
         number="1.3", target="diffusion.DDPM.predict_clean", title="The clean actions",
-        marks=3, minutes=10, needs=("1.1", "1.2"), row="one step back, 100 of them",
+        marks=3, minutes=10, needs=("1.2",), row="one step back, 100 of them",
         equation="x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, solved for x_0",
         hint="Clip the result, not what you divide.",
         tests=(DIFFUSION + "test_predict_clean_undoes_add_noise_and_clips",
                NET + "test_the_clean_actions_of_one_timestep_for_all_are_clipped")),
     Question(
         number="1.4", target="diffusion.DDPM.step", title="One step back",
-        marks=5, minutes=15, needs=("1.1", "1.3"), row="one step back, 100 of them",
+        marks=5, minutes=15, needs=("1.3",), row="one step back, 100 of them",
         equation="x_{t-1} = a_t x_0 + b_t x_t + s_t z, with x_0 as predicted and z the given noise",
         hint="The last step, t = 0, must add no noise. Look at the values of question 1.1 there "
              "before you write an `if`. Timesteps may differ within a batch.",
-        tests=(DIFFUSION + "test_ddpm_trajectory_equals_diffusers",
-               DIFFUSION + "test_step_takes_one_timestep_for_all_or_one_for_each")),
+        tests=(ASKED + "test_a_run_of_steps_equals_diffusers",
+               ASKED + "test_each_sample_steps_back_from_its_own_timestep")),
     Question(
         number="1.5", target="diffusion.DDPM.ddim_step", title="A long step back",
-        marks=5, minutes=15, needs=("1.1", "1.2", "1.3"), row="v2 on LIBERO: DDIM, 10 steps",
+        marks=5, minutes=15, needs=("1.2", "1.3"), row="v2 on LIBERO: DDIM, 10 steps",
         equation="""\
 x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s) eps for the previous timestep s < t, x_0 as predicted;
 x_{-1} = x_0""",
         hint="eps is what the network predicted, even where x_0 was clipped and the two no longer "
              "fit x_t. Mind that -1 is a valid index in Python.",
-        tests=(DIFFUSION + "test_ddim_trajectory_equals_diffusers",)),
+        tests=(DIFFUSION + "test_ddim_trajectory_equals_diffusers",),
+        unseen=(ASKED + "test_a_long_step_back_with_other_numbers",)),
 
     Question(
         number="2.1", target="film.FiLM.modulate", title="FiLM",
@@ -101,9 +116,8 @@ x_{-1} = x_0""",
         equation="h'_btd = gamma_bd h_btd + beta_bd; m_b holds gamma_b, then beta_b",
         hint="Read the docstring of `Mechanism`: the shapes of h and m, the trap, and what the "
              "U-Net hands over instead. One body serves both layouts.",
-        tests=(FILM + "test_film_is_gamma_times_h_plus_beta_of_each_sample",
-               FILM + "test_a_mechanism_is_its_equation[film-channels_first]",
-               FILM + "test_the_identity_of_a_mechanism_changes_nothing[film]")),
+        tests=(ASKED + "test_film_is_its_equation[steps_first]",
+               ASKED + "test_film_is_its_equation[channels_first]")),
     Question(
         number="2.2", target="film.AdaLNZero.gate", title="The gate of AdaLN-Zero",
         marks=2, minutes=5, needs=(), row="v2 IV-E, seven mechanisms",
@@ -171,8 +185,7 @@ then the heads side by side, and one matrix""",
                NET + "test_the_joints_of_many_poses_are_those_of_each",
                KINEMATICS + "test_forward_at_known_poses[angles2-expected2]",
                KINEMATICS + "test_forward_at_known_poses[angles3-expected3]",
-               NET + "test_joints_refuse_another_number_of_angles[shape0]",
-               NET + "test_joints_refuse_another_number_of_angles[shape2]")),
+               ASKED + "test_joints_need_an_angle_for_each_link")),
     Question(
         number="4.2", target="kinematics.PlanarArm.jacobian", title="The Jacobian",
         marks=5, minutes=20, needs=("4.1",), row="Eq. 5-7, forward kinematics",
@@ -193,7 +206,8 @@ then the heads side by side, and one matrix""",
                KINEMATICS + "test_joint_step_is_the_smallest_motion_that_moves_the_hand"
                             "[lengths1-base1]",
                KINEMATICS + "test_motion_is_smooth[lengths1]",
-               NET + "test_a_joint_step_has_the_dtype_and_the_device_of_its_angles")),
+               ASKED + "test_a_joint_step_is_the_damped_inverse",
+               ASKED + "test_a_joint_step_keeps_the_dtype_of_its_angles")),
 
     Question(
         number="5.1", target="train.freeze", title="Freezing",
@@ -225,7 +239,7 @@ where n = num_averaged""",
         tests=(NET + "test_the_average_by_hand",)),
     Question(
         number="5.4", target="diffusion.DiffusionPolicy.loss", title="The loss",
-        marks=7, minutes=30, needs=("1.1", "1.2"), row="loss, the squared error of the noise",
+        marks=7, minutes=30, needs=("1.2",), row="loss, the squared error of the noise",
         equation="E |eps - eps_hat(x_k, k, o)|², k uniform on all timesteps, eps standard normal",
         hint="Normalise the actions and repeat each row K = `self.noise_samples` times, copies "
              "next to each other. Each has its own k and eps. `choose_steps` then takes a part of "
@@ -242,7 +256,7 @@ where n = num_averaged""",
                NET + "test_every_number_has_its_own_noise")),
     Question(
         number="5.5", target="diffusion.DiffusionPolicy.act", title="Receding horizon",
-        marks=4, minutes=20, needs=("1.1", "1.2", "1.3", "1.5"), row="predict 16, execute 8",
+        marks=4, minutes=20, needs=("1.2", "1.3", "1.5"), row="predict 16, execute 8",
         equation="of a chunk a_{-1}, a_0, ..., a_14: a_0 ... a_{Ta-1} are executed",
         hint="`self.sample` draws a normalised chunk, `denormalise` needs the agent's present "
              "position, `first_executed` says where a_0 is. `self.conditioning.encoder` has that "
@@ -250,7 +264,7 @@ where n = num_averaged""",
              "device. Keep the targets on the board.",
         tests=(NET + "test_the_first_executed_action_is_that_of_the_present[1-10]",
                NET + "test_the_first_executed_action_is_that_of_the_present[15-10]",
-               NET + "test_act_takes_arrays_and_refuses_what_is_no_observation")),
+               ASKED + "test_acting_takes_arrays_and_refuses_what_is_no_number")),
     Question(
         number="5.6", target="sim_pusht.block_coverage", title="Coverage by Green's theorem",
         marks=7, minutes=60, needs=(), row="best of 50 checkpoints in 50 scenes",
