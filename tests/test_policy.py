@@ -127,6 +127,27 @@ def test_act_equals_sampling_with_the_whole_network_at_every_step(sampling_steps
     torch.testing.assert_close(given, expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("num_steps", [None, 10])
+def test_all_drawn_noise_is_multiplied_by_the_temperature(num_steps):
+    """In the start and in every step, and by nothing else; the temperature that a file asks for."""
+    ddpm, temperature, shape = DDPM(), 0.3, (3, 16, 2)
+
+    def draw(generator=torch.Generator().manual_seed(5)):
+        return temperature * torch.randn(shape, generator=generator)
+
+    def denoiser(noisy_actions, timestep):
+        return 0.5 * noisy_actions.cos()
+
+    actions = draw()
+    visited = list(range(99, -1, -1) if num_steps is None else range(90, -1, -10))
+    for timestep, previous in zip(visited, [*visited[1:], -1]):
+        predicted = denoiser(actions, timestep)
+        actions = ddpm.step(predicted, timestep, actions, draw()) if num_steps is None else \
+            ddpm.ddim_step(predicted, timestep, previous, actions)
+    given = ddpm.sample(denoiser, shape, num_steps, torch.Generator().manual_seed(5), temperature)
+    torch.testing.assert_close(given, actions)
+
+
 def test_act_takes_arrays_and_is_repeatable():
     policy, seen = make_policy(), observations(3)
     first = policy.act(seen, torch.Generator().manual_seed(3))
@@ -207,7 +228,8 @@ def test_what_the_classes_were_built_with_is_in_the_file(kind, size, tmp_path):
     encoder = film.StateEncoder(3, CORNERS, GOAL, width=24, depth=2)
     conditioning = film.Conditioning(encoder, backbone.time_encoder.dim,
                                      backbone.modulation_widths, backbone.mechanism)
-    settings = dict(obs_steps=3, executed_actions=5, sampling_steps=7, noise_samples=2)
+    settings = dict(obs_steps=3, executed_actions=5, sampling_steps=7, noise_samples=2,
+                    temperature=0.5)
     policy = DiffusionPolicy(conditioning, backbone, SCALE[:12], (0, 512), **settings).eval()
     policy.save(tmp_path / "policy.pt")
     loaded = DiffusionPolicy.load(tmp_path / "policy.pt")
@@ -215,6 +237,7 @@ def test_what_the_classes_were_built_with_is_in_the_file(kind, size, tmp_path):
     assert backbone.config == dict(size, name=kind.name, action_dim=2, horizon=12,
                                    conditioning="additive")
     assert loaded.config == policy.config and policy.config.items() >= settings.items()
+    assert {name: getattr(loaded, name) for name in settings} == settings
     assert loaded.conditioning.encoder.config == encoder.config
     assert_same_actions(policy, loaded, torch.rand(2, 3, 5) * 400)
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -394,7 +395,8 @@ def test_help_states_the_defaults_that_the_settings_hold(capsys):
 
 @pytest.mark.parametrize("flags, expected", [
     ("", dict(steps=18000, batch_size=128, noise_samples=2, mirror=False, temperature=1,
-              num_demos=2000, loss_steps=4, sampling_steps=10)),
+              num_demos=2000, loss_steps=4, sampling_steps=10, learning_rate=4e-3, warmup=100,
+              betas=(0.9, 0.98), clip_norm=0.2, ema_decay=0.995, stage1_steps=2500)),
     ("--task near", dict(steps=8000, batch_size=128, num_demos=1500)),
     ("--task away", dict(steps=18000, num_demos=2000)),
     ("--demos FILE", dict(steps=12000, batch_size=256, noise_samples=2, mirror=True,
@@ -407,7 +409,7 @@ def test_help_states_the_defaults_that_the_settings_hold(capsys):
     ("--scale paper --demos FILE --observation pixels --task near", dict(
         steps=83000, stage1_steps=45000, batch_size=64, noise_samples=1, loss_steps=None,
         sampling_steps=None, mirror=False, temperature=1, num_demos=None, learning_rate=1e-4,
-        warmup=500, ema_decay=0.9999)),
+        warmup=500, ema_decay=0.9999, betas=(0.95, 0.999), clip_norm=float("inf"))),
     ("--scale paper --task near", dict(steps=83000, num_demos=1500)),
     ("--smoke --observation pixels", dict(steps=150, stage1_steps=100, batch_size=64, num_demos=40,
                                           noise_samples=4, episodes=16)),
@@ -418,6 +420,169 @@ def test_the_settings_that_fit_what_is_asked_for(flags, expected):
     """A setting of another task, source, observation or scale; a flag without effect."""
     config, _ = train.parse([*flags.split(), "--device", "cpu"])
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("flags", ["", "--demos FILE", "--scale paper", "--observation pixels",
+                                   "--demos FILE --observation pixels --executed-actions 15",
+                                   "--scale paper --task away --executed-actions 3"])
+@pytest.mark.parametrize("backbone", ["mlp", "transformer"])
+def test_a_policy_and_its_file_have_what_the_settings_say(flags, backbone, tmp_path):
+    """A setting that is chosen, and then dropped on the way to the policy or to its file."""
+    config, _ = train.parse([*flags.split(), "--backbone", backbone, "--device", "cpu"])
+    network = train.new_backbone(config)
+    conditioning = train.conditioning_on_observations(network, config)
+    policy = train.make_policy(conditioning, network, config)
+    policy.save(tmp_path / "policy.pt")
+    asked = dict(temperature=config.temperature, sampling_steps=config.sampling_steps,
+                 executed_actions=config.executed_actions, noise_samples=1, loss_steps=None)
+    if backbone == "mlp":
+        asked.update(noise_samples=config.noise_samples, loss_steps=config.loss_steps)
+    for made in (policy, DiffusionPolicy.load(tmp_path / "policy.pt")):
+        assert {name: getattr(made, name) for name in asked} == asked
+        size = made.backbone.config
+        assert size["width"] * (4 if config.scale == "paper" else 2) == size["hidden"]
+        encoder = made.conditioning.encoder
+        assert encoder.observation == config.observation
+        assert encoder.config["goal"] == sim_pusht.TASKS[config.task][1].tolist()
+    seen = np.full((1, 2, 5), 200.0)
+    if config.scale == "laptop":     # the paper's 100 steps of sampling take long
+        chunk = policy.act(sim_pusht.observe(seen, config.observation))
+        assert chunk.shape == (1, config.executed_actions, 2)
+
+
+def test_a_smaller_width_makes_the_hidden_layers_smaller():
+    for flags, hidden in (("--width 32", 64), ("--width 32 --scale paper", 128)):
+        for backbone in ("mlp", "transformer"):
+            config, _ = train.parse([*flags.split(), "--backbone", backbone])
+            assert train.new_backbone(config).config["hidden"] == hidden
+
+
+def test_kept_demonstrations_depend_on_nothing_but_what_is_asked_for(tmp_path, monkeypatch):
+    """Made once for each task and number, whatever the seed of the run that needs them first, and
+    made anew for another simulator; mirrored about the goal of the task."""
+    made, simulator = [], tmp_path / "simulator.py"
+
+    def expert_demonstrations(count, task="full", seed=None):
+        made.append((count, task, seed))
+        return dict(state=np.full((count, 5), len(made), np.float32),
+                    action=np.zeros((count, 2), np.float32), episode_ends=np.arange(1, count + 1))
+
+    simulator.write_text("one")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sim_pusht, "__file__", str(simulator))
+    monkeypatch.setattr(sim_pusht, "expert_demonstrations", expert_demonstrations)
+
+    def demonstrations(**flags):
+        config = train.settings(train.Config(device="cpu", **flags))
+        return train.get_demonstrations(config)
+
+    asked = [dict(task="full", num_demos=3), dict(task="near", num_demos=3),
+             dict(task="near", num_demos=4), dict(task="away", num_demos=3)]
+    for number, flags in enumerate(asked, start=1):
+        for seed in (number, 0):
+            for recipe in ("normal", "decoupled"):
+                found = demonstrations(**flags, seed=seed, recipe=recipe)
+                assert len(found["state"]) == flags["num_demos"]
+                assert (found["state"] == number).all()
+    assert made == [(3, "full", 0), (3, "near", 0), (4, "near", 0), (3, "away", 0)]
+    simulator.write_text("another")
+    assert (demonstrations(**asked[0])["state"] == 5).all()
+    state = np.array([[1, 2, 3, 4, 0.5]], np.float32)
+    file = dict(state=state, action=state[:, :2], episode_ends=np.array([1]))
+    np.savez(tmp_path / "own.npz", **file)
+    for task, (_, goal) in sim_pusht.TASKS.items():
+        both = demonstrations(task=task, demos=tmp_path / "own.npz")
+        np.testing.assert_array_equal(both["state"], sim_pusht.mirror(file, goal)["state"])
+
+
+# What is reported --------------------------------------------------------------------------------
+
+def test_each_rate_and_each_sum_of_the_summary_is_of_its_own_seconds():
+    """An evaluation or another stage in the seconds of a stage; the updates of another stage."""
+    config, _ = train.parse(["--decoupled", "--steps", "900", "--stage1-steps", "200"])
+    policy = stage2_policy(observation="none", horizon=2)
+    result = dict(max_coverage=np.array([0.5, 0.96]), final_coverage=np.array([0.4, 0.1]))
+    for seconds in (dict(demonstrations=7.0, stage1=4.0, stage2=30.0, evaluation=50.0),
+                    dict(demonstrations=7.0, stage2=30.0, evaluation=50.0)):
+        summary = train.summarise(policy, result, config, SimpleNamespace(seconds=seconds))
+        rates = {stage: rate for stage, rate in (("stage1", 200 / 4), ("stage2", 900 / 30))
+                 if stage in seconds}
+        assert summary["iterations_per_second"] == rates
+        assert summary["seconds"] == dict(seconds, total=sum(seconds.values()))
+
+
+def test_what_is_printed_at_the_end_is_what_was_measured(capsys, tmp_path):
+    summary = dict(score=0.111, score_se=0.222, success_rate=0.333, success_se=0.444, episodes=5,
+                   task="near", executed_actions=6, seconds=dict(stage2=77.0))
+    train.report(summary, tmp_path)
+    score, success, seconds, _ = capsys.readouterr().out.strip().splitlines()
+    assert score.startswith("score    0.111 +- 0.222") and "(5 unseen scenes, task near)" in score
+    assert success.startswith("success  0.333 +- 0.444") and " 6 actions executed" in success
+    assert seconds.split() == ["seconds", "stage2", "77"]
+
+
+def test_a_run_plays_its_task_and_reports_success(demos, tmp_path, monkeypatch, set_intervals):
+    """On the way and at the end: another task, all scenes on the way, score in place of success,
+    the seconds of the figures left out or seconds counted twice."""
+    played, drawn = [], []
+
+    def evaluate(policy, task, episodes, **_):
+        played.append((task, episodes))
+        coverage = np.array([0.5, 0.96, 0.2, 0.2])
+        states = np.zeros((2, 4, 5))
+        return dict(max_coverage=coverage, final_coverage=coverage, states=states,
+                    length=np.ones(4, int))
+
+    def draw_curves(rows, path):
+        drawn.extend([*row] for row in rows)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "draw_rollouts", lambda *_: None)
+    monkeypatch.setattr(train, "draw_curves", draw_curves)
+    set_intervals(monkeypatch, log_every=10, play_every=20)
+    summary = run_main(*tiny(demos, tmp_path / "run", "--task", "away", "--episodes", 60))
+    assert played == [("away", 50), ("away", 60)]
+    assert [row[-1] for row in drawn] == ["", 0.25, 0.25] and summary["success_rate"] == 0.25
+    assert summary["task"] == "away"
+    seconds = summary["seconds"]
+    parts = [number for name, number in seconds.items() if name != "total"]
+    assert seconds["total"] == pytest.approx(sum(parts)) and "figures" in seconds
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
+
+
+def test_the_curves_are_loss_and_success(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    saved = []
+    original = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig",
+                        lambda figure, *a, **k: saved.append(figure) or original(figure, *a, **k))
+    rows = [["stage1", 10, 1.0, 0.5, 0.1, ""], ["stage1", 20, 2.0, 0.4, 0.2, ""],
+            ["stage2", 10, 3.0, 0.3, 0.3, ""], ["stage2", 20, 4.0, 0.2, 0.4, 0.7],
+            ["stage2", 30, 5.0, 0.1, 0.5, 0.8]]
+    train.draw_curves(rows, tmp_path / "curves.png")
+    loss, success = ([line.get_xydata().tolist() for line in axis.lines] for axis in saved[0].axes)
+    assert loss == [[[10, 0.5], [20, 0.4]], [[10, 0.3], [20, 0.2], [30, 0.1]]]
+    assert success == [[], [[20, 0.7], [30, 0.8]]]
+
+
+@pytest.mark.parametrize("task", ["full", "away"])
+def test_a_picture_s_titles_are_those_of_its_task(task, tmp_path, monkeypatch):
+    """Coverage of another goal above the picture: 0.00 above a block that lies in its goal."""
+    from matplotlib.figure import Figure
+    titles, original = [], Figure.savefig
+
+    def savefig(figure, *arguments, **settings):
+        titles.append([axis.get_title() for axis in figure.axes])
+        return original(figure, *arguments, **settings)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    goal = sim_pusht.TASKS[task][1]
+    states = np.stack([[[50, 50, *goal], [50, 50, 100, 100, 0]]] * 3)
+    result = dict(states=states, length=np.array([2, 1]))
+    train.draw_rollouts(result, task, tmp_path)
+    assert titles[0][:2] == ["2 steps, coverage 1.00", "1 steps, coverage 0.00"]
+
+
 
 
 # Bad input ---------------------------------------------------------------------------------------
