@@ -210,6 +210,79 @@ def test_the_standard_error_is_that_of_the_mean_over_seeds():
     assert rows[3] == "3 runs in fp32, 1.0 core-hours, 200 scenes each. Commits: abc."
 
 
+def test_each_number_of_a_table_stands_in_its_own_column():
+    """Success for score, its error, trained for frozen, seconds of a run on several threads."""
+    sizes = dict(trained=3_000_000, frozen=1_000_000)
+    cells = [cell("x", success, seed, score=score, success_se=0.03, score_se=0.012, threads=2,
+                  parameters=sizes) for seed, (success, score) in enumerate([(0.5, 0.7), (0.5, 0.9)])]
+    preset = compare.Preset("?", "x | MLP | -\ny | MLP | -")
+    row, *_ = report.table(preset, cells).splitlines()[2:]
+    assert row == "| x | 0.500 ± 0.021 | 0.500 0.500 | 0.800 ± 0.100 | 3M / 1M |"
+    assert "2 runs in fp32, 1.3 core-hours" in report.footnote(cells)
+    assert report.spread(cells[:1], "score") == (0.7, pytest.approx(0.012))
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved."""
+    from matplotlib.figure import Figure
+    saved, original = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **settings: (
+        saved.append(figure), original(figure, *arguments, **settings)))
+    return saved
+
+
+def test_bars_and_curves_show_what_they_say(tmp_path, figures):
+    """Success and score; the mean of the runs that have come so far, where some are longer; the
+    seconds of stage 1 before those of stage 2."""
+    curves = [[[100, 5.0, 1, 0.2], [200, 10.0, 1, 0.4], [300, 15.0, 1, 0.4]],
+              [[100, 7.0, 1, 0.4], [200, 12.0, 1, None]]]
+    cells = [cell("x", success, seed, curve=dict(stage2=curve), seconds=dict(stage1=30.0 + 20 * seed))
+             for seed, (success, curve) in enumerate(zip((0.6, 0.8), curves))]
+    report.draw(compare.Preset("?", "x | MLP | -"), cells, tmp_path / "figure.png")
+    left, right, updates, seconds = figures[0].axes
+    for axis, shown, label in ((left, 0.7, "success"), (right, 0.9, "score")):
+        (bar,) = axis.patches
+        assert bar.get_width() == pytest.approx(shown) and label in axis.get_xlabel()
+    (line,), (same,) = updates.lines, seconds.lines
+    assert line.get_xdata().tolist() == [100, 200, 300]
+    # Each curve ends with the success in all scenes: 0.6 at update 300, and 0.8 at update 200.
+    assert line.get_ydata().tolist() == pytest.approx([0.3, 0.6, 0.5])
+    assert same.get_ydata().tolist() == line.get_ydata().tolist()
+    assert same.get_xdata().tolist() == pytest.approx([40 + 6, 40 + 11, 40 + 15])
+
+
+def test_the_three_bars_are_of_the_three_recipes(tmp_path, figures):
+    """A bar that takes in runs of another recipe, whose name begins alike."""
+    labels = {"DP-MLP, normal": 0.7, "DP-MLP, decoupled": 0.6, "DP-MLP, random frozen": 0.3,
+              "DP-MLP, decoupled, biases kept": 0.1, "DP-MLP, not normal": 0.2}
+    report.draw_front([cell(label, success) for label, success in labels.items()],
+                      tmp_path / "front.png")
+    bars = [bar.get_height() for bar in figures[0].axes[0].patches]
+    assert bars == pytest.approx([0.7, 0.6, 0.3])
+
+
+def test_a_curve_is_thinned_to_its_last_update(tmp_path):
+    """And keeps each update at which success was recorded."""
+    log = [f"stage2,{i},{i / 10},{1 / i},0.1,{0.5 if i == 42 else ''}" for i in range(1, 101)]
+    write_run(tmp_path / "run", log)
+    points = report.read_curve(tmp_path / "run")["stage2"]
+    assert [step for step, *_ in points] == sorted([*range(4, 101, 4), 42])
+    assert points[-1] == [100, 10.0, 0.01, None] and [42, 4.2, 0.02381, 0.5] in points
+
+
+def test_a_shared_head_is_that_of_the_same_seed():
+    """One head for all seeds: their spread would leave out stage 1."""
+    shared = [(seed, command) for preset in compare.PRESETS.values()
+              for _, seed, _, command in compare.runs(preset, 3) if "--action-head" in command]
+    assert len(shared) > 20
+    for seed, command in shared:
+        head = Path(command[command.index("--action-head") + 1])
+        assert head.parent.name.endswith(f"-seed{seed}") and head.name == "action_head.pt"
+
+
+
+
 def test_rows_that_begin_alike_share_a_panel_of_curves():
     panels = report.split_into_panels(["a, normal", "a, decoupled", "b, c, normal",
                                        "b, c, decoupled", "a, twice, normal", "d", "e, normal"])
@@ -259,6 +332,45 @@ def test_a_normal_run_is_ok(committed):
 def test_what_is_not_normal_is_named(committed, change, what):
     outside = [line for line in compare.check(committed(**change)) if "OUTSIDE" in line]
     assert outside and all(what in line for line in outside)
+
+
+DECOUPLED = [*KIND, "--decoupled"]
+
+
+@pytest.mark.parametrize("mine, theirs", [
+    (DECOUPLED, [*DECOUPLED, "--keep-biases"]),
+    (DECOUPLED, [*DECOUPLED, "--action-head", "runs/free-seed0/action_head.pt"]),
+    ([*DECOUPLED, "--action-head", "runs/free-seed0/action_head.pt"],
+     [*DECOUPLED, "--action-head", "runs/paths-seed0/action_head.pt"]),
+    (KIND, [*KIND, "--observation", "pixels"]),
+    ([*KIND, "--observation", "pixels"], [*KIND, "--observation", "pixels", "--corner-weight", "0"]),
+    *[(KIND, [*KIND, *other.split()]) for other in (
+        "--scale paper", "--width 64", "--num-demos 10", "--learning-rate 0.001", "--episodes 50",
+        "--executed-actions 4", "--demos a.npz --num-demos 5")],
+    *[(DECOUPLED, [*DECOUPLED, *other.split()]) for other in (
+        "--pretrain-condition none", "--pretrain-data fast", "--stage1-steps 9")]])
+def test_a_run_is_compared_with_no_other_kind(mine, theirs, committed, tmp_path):
+    """In both directions; with another seed of its own kind it is."""
+    for own, other in ((mine, theirs), (theirs, mine)):
+        folder = committed(arguments=other)
+        there = dict(cell(), **report.read_run(folder))
+        write(tmp_path / "source.json", [there])
+        write(tmp_path / "same.json", [])
+        with pytest.raises(ValueError, match="no committed run is of this kind"):
+            compare.check(committed(arguments=own))
+        again = [word.replace("-seed0/", "-seed7/") for word in other]
+        lines = compare.check(committed(arguments=[*again, "--seed", "7"]))
+        assert lines[0] == "compared with 1 committed runs"
+
+
+@pytest.mark.parametrize("value, inside", [(0.84, False), (0.86, True), (2.1, True), (2.39, True),
+                                           (2.41, False)])
+def test_a_band_reaches_from_below_the_lowest_to_above_the_highest(value, inside):
+    line = compare.judge("loss", value, [1.5, 1.0, 2.0], 0.85, 1.2, "Why.")
+    assert line.startswith("OK" if inside else "OUTSIDE")
+    assert ("Why." in line) != inside and "committed 1 to 2" in line
+
+
 
 
 def test_a_run_of_another_kind_or_none_is_refused(committed, tmp_path):

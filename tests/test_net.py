@@ -290,6 +290,35 @@ def test_fit_is_the_loop_written_out_by_hand(tmp_path):
     assert policy.learned_in == ["train"] * 12 and not average.training
 
 
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_each_stage_is_this_loop_of_its_own_length(stage, tmp_path):
+    """The schedule of the other stage's length; a stage without warm-up, clipping or average."""
+    lengths = dict(stage1_steps=12, steps=40) if stage == "stage1" else \
+        dict(stage1_steps=40, steps=12)
+    policy = TwoNumbers()
+    average, run = fitted(tmp_path, policy, stage=stage, **lengths)
+    _, averages, weight = by_hand()
+    np.testing.assert_allclose(numbers_of(average), averages[-1], atol=1e-9)
+    np.testing.assert_allclose(numbers_of(policy), weight, atol=1e-9)
+    assert [row[:2] for row in run.rows] == [[stage, step] for step in (3, 6, 9, 12)]
+
+
+def test_a_resumed_run_counts_the_seconds_from_before(tmp_path, monkeypatch):
+    class Slow(TwoNumbers):
+        def loss(self, target):
+            clock[0] += 10     # seconds
+            return super().loss(target)
+
+    clock = [0.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    with pytest.raises(StopIteration):     # stopped in update 9; the checkpoint is of update 5
+        fitted(tmp_path, Slow(), TARGETS[:8])
+    clock[0] = 7000.0
+    _, run = fitted(tmp_path, Slow(), TARGETS[5:], resume=True)
+    assert run.seconds == dict(stage2=120)
+    assert [row[2] for row in run.rows] == [30, 60, 90, 120]
+
+
 def test_the_logged_loss_is_the_mean_since_the_last_row(tmp_path):
     """The losses of all updates averaged again in every row, or only the last one logged."""
     policy = TwoNumbers()
@@ -530,6 +559,35 @@ def test_which_stages_there_are_and_in_which_mode(flag, watch):
         assert {*map(id, stage1.optimized)} == {*map(id, stage1.policy.parameters())}
 
 
+@pytest.mark.parametrize("name, mechanism, deviations", [
+    ("mlp", "film", {"backbone.input_weight": 1, "backbone.input_bias": 1}),
+    ("transformer", "film", {"backbone.position": 0.02, "backbone.input.weight": 0.02,
+                             "backbone.input.bias": 0, "backbone.output.weight": 0.02,
+                             "backbone.blocks.0.attention.query.weight": 0.02,
+                             "backbone.blocks.3.mlp.3.bias": 0}),
+    ("transformer", "cross-attention", {"conditioning.position": 0.02,
+                                        "conditioning.embed.weight": 0.02,
+                                        "conditioning.mlp.2.weight": 0.02,
+                                        "conditioning.embed.bias": 0}),
+    ("transformer", "additive", {"conditioning.observation_part.weight": 0,
+                                 "conditioning.observation_part.bias": 0,
+                                 "conditioning.time_part.weight": 0}),
+    ("mlp", "adaln-zero", {"conditioning.observation_part.weight": 0,
+                           "conditioning.time_part.weight": 0})])
+def test_what_weights_are_before_the_first_update(name, mechanism, deviations):
+    """Standard deviations, as in the official code. All are parameters, which training moves."""
+    torch.manual_seed(0)
+    backbone = make_backbone(name, conditioning=mechanism)
+    conditioning = film.make_conditioning(backbone, "joints", horizon=16)
+    weights = dict(nn.ModuleDict(dict(backbone=backbone, conditioning=conditioning))
+                   .named_parameters())
+    for weight, deviation in deviations.items():
+        found = weights[weight].std().item() if weights[weight].any() else 0
+        assert found == pytest.approx(deviation, rel=0.15), weight
+
+
+
+
 @pytest.mark.parametrize("backbone", ["mlp", "transformer"])
 def test_the_policies_have_the_settings_asked_for(backbone, watch):
     """A setting that train_policy does not hand on; a part of the horizon where steps mix."""
@@ -689,6 +747,31 @@ def test_half_of_the_pushing_is_slower_than_the_geometric_mean():
     _, positions = PlanarArm(motion=pushing).sample_windows(1000, 4, generator)
     speed = positions.diff(dim=1).norm(dim=-1)
     assert speed.median().item() == pytest.approx(3, abs=0.3)     # uniformly it would be 5
+
+
+def test_strokes_are_as_the_motion_says():
+    """Strokes that stand or push too seldom, that do not bend or bend to one side, that start in
+    one half of all directions, that do not turn or turn back too often."""
+    motion, shape = Motion(), (4000, 60)
+    generator = torch.Generator().manual_seed(0)
+    velocity = PlanarArm()._strokes(shape, generator, torch.device("cpu")).double()
+    speed = velocity.norm(dim=-1)
+    push, travel = ((low <= speed) & (speed <= high) for low, high in
+                    (motion.push_speed, motion.travel_speed))
+    for kind, share in ((speed == 0, 0.1), (push, 0.45), (travel, 0.45)):
+        assert kind.double().mean().item() == pytest.approx(share, abs=0.01)
+    heading = torch.atan2(velocity[..., 1], velocity[..., 0])
+    first = heading[:, 0][speed[:, 0] > 0]
+    assert torch.histc(first, 8, -math.pi, math.pi).div(len(first) / 8).sub(1).abs().max() < 0.2
+    moves = (speed[:, 1:] > 0) & (speed[:, :-1] > 0)
+    change = (heading.diff(dim=1) + math.pi).remainder(math.tau) - math.pi
+    same = moves & (speed.diff(dim=1).abs() < 1e-4)     # the stroke of the step before goes on
+    bend, turn = change[same], change[moves & ~same]
+    assert bend.mean().abs() < 0.005 and bend.std().item() == pytest.approx(0.1, rel=0.05)
+    back = turn.abs() > 3.13
+    assert back.double().mean().item() == pytest.approx(0.15, abs=0.015)
+    assert turn[~back].mean().abs() < 0.03
+    assert turn[~back].std().item() == pytest.approx(0.9, rel=0.05)
 
 
 # One function at a time, as tests/assignments asks for them ---------------------------------------

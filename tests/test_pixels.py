@@ -69,6 +69,51 @@ def test_an_eye_sees_row_and_column_of_a_picture():
     assert x > 5 * y
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_what_an_eye_computes_of_a_picture(training):
+    """Pictures that are not scaled to -1 and 1; a softmax of another sharpness in evaluation; a
+    part of the corners that is left out, or that no gradient reaches."""
+    torch.manual_seed(0)
+    eye = film.PixelEncoder(2, CORNERS, GOAL).train(training)
+    pixels = torch.as_tensor(sim_pusht.draw_states(scenes(3)[:, -1]))
+    pixels[0, 0, 0], pixels[0, 0, 1] = 0, 255
+    seen = []
+    eye.maps.register_forward_hook(lambda maps, given, made: seen.append((given[0], made)))
+    points, corners = eye.locate(pixels)
+    pictures, maps = seen[0]
+    assert pictures.min() == -1 and pictures.max() == 1
+    torch.testing.assert_close(pictures, pixels.permute(0, 3, 1, 2).float() * 2 / 255 - 1)
+    maps = maps.flatten(2).double()
+    deviation = (maps.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()     # as in layer_norm
+    weight = torch.exp(4 * (maps - maps.mean(-1, keepdim=True)) / deviation)
+    row, column = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
+    places = torch.stack([column, row], -1).reshape(-1, 2) / 11.5 - 1
+    expected = (weight / weight.sum(-1, keepdim=True)) @ places.double()
+    torch.testing.assert_close(points.double(), expected, atol=1e-3, rtol=0)
+    flat = points.flatten(1)
+    expected = 256 + 256 * (eye.linear(flat) + eye.correction(flat))
+    torch.testing.assert_close(corners.flatten(1), expected, atol=1e-3, rtol=0)
+    corners.sum().backward()
+    for part in (eye.linear, eye.correction, eye.maps):
+        assert all(weight.grad.abs().sum() > 0 for weight in part.parameters())
+    assert eye.sharpness.grad.abs() > 0
+
+
+@pytest.mark.parametrize("observation", ["state", "pixels"])
+@pytest.mark.parametrize("mechanism", ["cross-attention", "prefix"])
+def test_each_observation_step_has_its_own_token(observation, mechanism):
+    """Whatever is observed: all steps as one token, or each token of the newest step."""
+    policy = make_policy(observation, "transformer", mechanism)
+    past = torch.as_tensor(scenes(3), dtype=torch.float32)
+    moved = past.clone()
+    moved[:, 0, :2] += 50     # the agent's earlier position
+    config, _ = train.parse(["--observation", observation, "--device", "cpu"])
+    one, other = (policy.conditioning.encode(policy.conditioning.encoder.perceive(
+        train.observations_of(states, config))) for states in (past, moved))
+    assert one.shape == (3, 2, policy.conditioning.encoder.size)
+    assert not torch.allclose(one[:, 0], other[:, 0]) and torch.equal(one[:, 1], other[:, 1])
+
+
 def test_seen_corners_are_looked_at_as_those_of_a_state():
     past = torch.as_tensor(scenes(5), dtype=torch.float32)
     eye, pose = film.PixelEncoder(2, CORNERS, GOAL), film.StateEncoder(2, CORNERS, GOAL)

@@ -281,6 +281,33 @@ def test_keep_goes_on_with_the_chosen():
         np.testing.assert_array_equal(got if step >= 10 else got[mask], expected)
 
 
+def test_a_new_start_resets_every_counter_and_the_agent_s_speed():
+    """After a reset, and after set_state, everything is as in a new environment. What `step` has
+    returned stays as it was, and it leaves its arguments alone."""
+    fresh, used = PushT(2, "near", max_steps=12), PushT(2, "near", max_steps=12)
+    used.set_state([[60, 60, *sim_pusht.GOAL]] * 2)
+    targets = np.full((2, 2), 300.0)
+    first = used.step(targets)
+    kept = [np.copy(values) for values in (*first[:4], *first[4].values())]
+    for _ in range(7):
+        used.step(np.array([[450.0, 60], [60, 450]]))
+    for before, after in zip(kept, (*first[:4], *first[4].values())):
+        np.testing.assert_array_equal(before, after)
+    assert (targets == 300).all()
+    start = fresh.reset(3)
+    for again in (lambda: used.reset(3), lambda: used.set_state(start)):
+        fresh.reset(3)
+        np.testing.assert_array_equal(again(), start)
+        assert used.steps.tolist() == [0, 0] and used.max_coverage.tolist() == [0, 0]
+        np.testing.assert_array_equal(used.coverage(), fresh.coverage())
+        for step in range(1, 13):
+            expected, got = (env.step(start[:, 2:4]) for env in (fresh, used))
+            for ours, theirs in zip((*got[:4], *got[4].values()),
+                                    (*expected[:4], *expected[4].values())):
+                np.testing.assert_array_equal(ours, theirs)
+            assert got[3].tolist() == [step == 12] * 2
+
+
 def test_hostile_actions_break_nothing():
     rng, B = np.random.default_rng(0), 250
     env = PushT(B)
@@ -461,6 +488,123 @@ def test_demonstrations_do_not_draw_from_resets_stream(monkeypatch):
     sim_pusht.expert_demonstrations(1, seed=7)
     first = drawn[1]  # the environment resets itself once when it is made
     assert first not in [np.random.default_rng(seed).random() for seed in range(20)]
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """Demonstrations of the near task, their episodes as slices, and for each episode the noise:
+    the target that was executed, computed from how the agent moved, less the recorded action.
+
+    The agent is driven by its target alone, so position and velocity after a control step are
+    linear in position, velocity and target before it."""
+    data = sim_pusht.expert_demonstrations(90, "near", seed=1)
+    ends = data["episode_ends"]
+    substep = np.array([[0.99, 0.8, 0.01], [-0.01, 0.8, 0.01], [0, 0, 1]])
+    (pp, pv, pt), (vp, vv, vt), _ = np.linalg.matrix_power(substep, 10)
+    episodes = [slice(first, end) for first, end in zip([0, *ends], ends)]
+    noise = []
+    for episode in episodes:
+        agent, action = (data[name][episode].astype(float) for name in ("state", "action"))
+        agent, velocity, executed = agent[:, :2], np.zeros(2), []
+        for now, then in zip(agent, agent[1:]):
+            target = (then - pp * now - pv * velocity) / pt
+            velocity = vp * now + vv * velocity + vt * target
+            executed.append(target)
+        noise.append(np.array(executed).reshape(-1, 2) - action[:-1])
+    return data, episodes, noise
+
+
+def test_the_recorded_action_is_the_expert_s_in_the_recorded_state(recorded):
+    """The executed action recorded, or that of another step; the expert of another goal."""
+    data, _, _ = recorded
+    asked = sim_pusht.expert_action(data["state"])
+    off = np.abs(asked - data["action"]).max(1)
+    assert (off < 0.01).mean() > 0.999     # the state is rounded, so a plan may be another one
+    away = sim_pusht.expert_demonstrations(2, "away", seed=0)
+    off = np.abs(sim_pusht.expert_action(away["state"], sim_pusht.AWAY) - away["action"]).max(1)
+    assert (off < 0.01).mean() > 0.99
+
+
+def test_the_executed_action_has_the_noise_of_its_own_episode(recorded):
+    """No noise; one size for all; the noise of another episode after some have ended; noise that
+    does not resemble that of the step before, or that grows; the same noise in x and y."""
+    _, _, noise = recorded
+    size = np.array([values.std() for values in noise])
+    assert np.sum(size < 0.01) == 30
+    for values in noise:     # none where none is asked for, from the first step to the last
+        still = np.abs(values).max(1) < 0.01
+        assert still.all() or still.mean() < 0.2
+    noisy = np.sort(size)[30:]
+    assert noisy[:30].mean() == pytest.approx(0.8, rel=0.15)
+    assert noisy[30:].mean() == pytest.approx(1.5, rel=0.15)
+    noisy = [values for values in noise if values.std() > 0.3]
+    before, after = (np.concatenate([values[part] for values in noisy])
+                     for part in (slice(-1), slice(1, None)))
+    assert (before * after).sum() / (before ** 2).sum() == pytest.approx(0.8, abs=0.05)
+    assert abs(np.corrcoef(np.concatenate(noisy).T)[0, 1]) < 0.15
+
+
+def test_only_successful_episodes_are_recorded(recorded, monkeypatch):
+    """An episode that fails is replaced: none is as long as an episode may be, all end in the goal."""
+    data, _, _ = recorded
+    ends = data["episode_ends"]
+    assert (sim_pusht.block_coverage(data["state"][ends - 1, 2:]) > 0.96).all()
+    original, calls = sim_pusht.expert_action, []
+
+    def lazy_at_first(state, goal):
+        calls.append(len(state))
+        action = original(state, goal)
+        if len(calls) <= 300:     # as long as an episode may be: the first one of two stands still
+            action[0] = state[0, :2]
+        return action
+
+    monkeypatch.setattr(sim_pusht, "expert_action", lazy_at_first)
+    data = sim_pusht.expert_demonstrations(2, "near", seed=0)
+    ends = data["episode_ends"]
+    assert len(calls) > 300 and len(ends) == 2
+    assert (sim_pusht.block_coverage(data["state"][ends - 1, 2:]) > 0.96).all()
+
+
+@pytest.mark.parametrize("task, wide", [("full", 0), ("near", 0.25), ("away", 0)])
+def test_some_demonstrations_start_close_to_the_goal_and_some_anywhere(task, wide, monkeypatch):
+    """The shares; how close, which is log-uniform; the agent and the angle, which come along; the
+    goal of another task."""
+    goal = sim_pusht.TASKS[task][1]
+    offset = np.array([40, -30, 0.5])
+    close_start = np.concatenate([goal[:2] + offset[:2] + [70, 20], goal + offset])
+    anywhere = np.full(5, 50.0)
+
+    def near(rng, asked):
+        assert asked is goal
+        return close_start.copy()
+
+    law = near if task == "near" else lambda rng, asked: anywhere
+    monkeypatch.setattr(sim_pusht, "start_near", near)
+    monkeypatch.setattr(sim_pusht, "start_full", lambda rng, asked: anywhere)
+    monkeypatch.setitem(sim_pusht.TASKS, task, (law, goal))
+    starts = sim_pusht._starts(np.random.default_rng(0), 4000, task)
+    is_wide = (starts == anywhere).all(1)
+    left = starts[~is_wide]
+    share = (left[:, 2:] - goal) / offset     # of the way from the goal to where it started
+    np.testing.assert_allclose(share, share[:, :1].repeat(3, 1), atol=1e-9)
+    np.testing.assert_allclose(left[:, :2] - left[:, 2:4], [[70, 20]] * len(left), atol=1e-9)
+    moved = share[:, 0] < 1
+    assert moved.sum() / 4000 == pytest.approx(0.3, abs=0.03)
+    expected = 0.7 * (wide if task == "near" else 1)
+    assert is_wide.mean() == pytest.approx(expected, abs=0.03)
+    level = np.sort(np.log(share[moved, 0]) / np.log(0.08))     # uniform from 0 to 1
+    np.testing.assert_allclose(level, np.linspace(0, 1, len(level)), atol=0.06)
+
+
+def test_near_starts_lie_and_turn_to_all_sides():
+    starts = np.array([sim_pusht.start_near(np.random.default_rng(seed), sim_pusht.GOAL)
+                       for seed in range(1600)])
+    offset = starts[:, 2:] - sim_pusht.GOAL
+    octant, _ = np.histogram(np.arctan2(offset[:, 1], offset[:, 0]), 8, (-np.pi, np.pi))
+    turn, _ = np.histogram(offset[:, 2], 8, (-0.75, 0.75))
+    area, _ = np.histogram((offset[:, :2] ** 2).sum(1), 8, (0, 60 ** 2))
+    for counts in (octant, turn, area):
+        assert counts.sum() == 1600 and 150 < counts.min() and counts.max() < 250
 
 
 def test_the_expert_succeeds():
