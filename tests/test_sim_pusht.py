@@ -308,6 +308,22 @@ def test_a_new_start_resets_every_counter_and_the_agent_s_speed():
             assert got[3].tolist() == [step == 12] * 2
 
 
+def test_the_reward_is_of_the_present_and_max_coverage_of_the_best_step():
+    """The block is pushed out of the goal. Who changes what `coverage` has returned changes a copy."""
+    env, coverage = PushT(1), []
+    env.set_state([[60, 300, *sim_pusht.GOAL]])
+    for _ in range(15):
+        _, reward, terminated, _, info = env.step([[400, 300]])
+        coverage.append(sim_pusht.block_coverage(env.block_pose())[0])
+        assert reward[0] == pytest.approx(min(coverage[-1] / 0.95, 1))
+        assert terminated[0] == info["is_success"][0] == (coverage[-1] > 0.95)
+        assert info["coverage"][0] == pytest.approx(coverage[-1])
+        assert info["max_coverage"][0] == pytest.approx(max(coverage))
+        env.coverage()[:] = 9
+        assert env.coverage()[0] == pytest.approx(coverage[-1])
+    assert coverage[0] > 0.95 and coverage[-1] < 0.5
+
+
 def test_hostile_actions_break_nothing():
     rng, B = np.random.default_rng(0), 250
     env = PushT(B)
