@@ -235,7 +235,7 @@ def figures(monkeypatch):
 def test_bars_and_curves_show_what_they_say(tmp_path, figures):
     """Success and score; the mean of the runs that have come so far, where some are longer; the
     seconds of stage 1 before those of stage 2."""
-    curves = [[[100, 5.0, 1, 0.2], [200, 10.0, 1, 0.4], [300, 15.0, 1, 0.4]],
+    curves = [[[100, 5.0, 1, 0.2], [200, 10.0, 1, 0.4], [300, 15.0, 1, None]],
               [[100, 7.0, 1, 0.4], [200, 12.0, 1, None]]]
     cells = [cell("x", success, seed, curve=dict(stage2=curve), seconds=dict(stage1=30.0 + 20 * seed))
              for seed, (success, curve) in enumerate(zip((0.6, 0.8), curves))]
@@ -247,7 +247,7 @@ def test_bars_and_curves_show_what_they_say(tmp_path, figures):
     (line,), (same,) = updates.lines, seconds.lines
     assert line.get_xdata().tolist() == [100, 200, 300]
     # Each curve ends with the success in all scenes: 0.6 at update 300, and 0.8 at update 200.
-    assert line.get_ydata().tolist() == pytest.approx([0.3, 0.6, 0.5])
+    assert line.get_ydata().tolist() == pytest.approx([0.3, 0.6, 0.6])
     assert same.get_ydata().tolist() == line.get_ydata().tolist()
     assert same.get_xdata().tolist() == pytest.approx([40 + 6, 40 + 11, 40 + 15])
 
