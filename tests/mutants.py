@@ -1341,8 +1341,8 @@ MUTANTS = [
      "The scenes are shown with the benchmark's goal whatever the task."),
 ]
 
-# Of these the bug hunt and the questions know nothing. They lie outside the six files, or only a whole
-# run, many recorded numbers or a picture can show them.
+# Of these the bug hunt and the questions know nothing. They lie outside the six files, or only a
+# whole run, many recorded numbers or a picture can show them.
 ELSEWHERE = [
     ("evaluate-executed-ignored", "results/evaluate.py",
      "        policy.executed_actions = options.executed_actions or policy.executed_actions\n", "",

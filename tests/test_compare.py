@@ -214,7 +214,8 @@ def test_each_number_of_a_table_stands_in_its_own_column():
     """Success for score, its error, trained for frozen, seconds of a run on several threads."""
     sizes = dict(trained=3_000_000, frozen=1_000_000)
     cells = [cell("x", success, seed, score=score, success_se=0.03, score_se=0.012, threads=2,
-                  parameters=sizes) for seed, (success, score) in enumerate([(0.5, 0.7), (0.5, 0.9)])]
+                  parameters=sizes)
+             for seed, (success, score) in enumerate([(0.5, 0.7), (0.5, 0.9)])]
     preset = compare.Preset("?", "x | MLP | -\ny | MLP | -")
     row, *_ = report.table(preset, cells).splitlines()[2:]
     assert row == "| x | 0.500 ± 0.021 | 0.500 0.500 | 0.800 ± 0.100 | 3M / 1M |"
@@ -237,8 +238,8 @@ def test_bars_and_curves_show_what_they_say(tmp_path, figures):
     seconds of stage 1 before those of stage 2."""
     curves = [[[100, 5.0, 1, 0.2], [200, 10.0, 1, 0.4], [300, 15.0, 1, None]],
               [[100, 7.0, 1, 0.4], [200, 12.0, 1, None]]]
-    cells = [cell("x", success, seed, curve=dict(stage2=curve), seconds=dict(stage1=30.0 + 20 * seed))
-             for seed, (success, curve) in enumerate(zip((0.6, 0.8), curves))]
+    cells = [cell("x", success, seed, curve=dict(stage2=curve), seconds=dict(stage1=second))
+             for seed, (success, curve, second) in enumerate(zip((0.6, 0.8), curves, (30, 50)))]
     report.draw(compare.Preset("?", "x | MLP | -"), cells, tmp_path / "figure.png")
     left, right, updates, seconds = figures[0].axes
     for axis, shown, label in ((left, 0.7, "success"), (right, 0.9, "score")):
