@@ -767,6 +767,8 @@ def test_strokes_are_as_the_motion_says():
     change = (heading.diff(dim=1) + math.pi).remainder(math.tau) - math.pi
     same = moves & (speed.diff(dim=1).abs() < 1e-4)     # the stroke of the step before goes on
     bend, turn = change[same], change[moves & ~same]
+    goes_on = same[:, 1:] & same[:, :-1]     # one bend for a whole stroke
+    assert (change.diff(dim=1)[goes_on].abs() < 1e-4).double().mean() > 0.99
     assert bend.mean().abs() < 0.005 and bend.std().item() == pytest.approx(0.1, rel=0.05)
     back = turn.abs() > 3.13
     assert back.double().mean().item() == pytest.approx(0.15, abs=0.015)
