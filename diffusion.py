@@ -168,7 +168,7 @@ class DiffusionPolicy(nn.Module):
     temperature: of the noise in `act`, see DDPM.sample; the paper's is 1.
     Raises ValueError for settings that do not fit each other.
     """
-    FILE_FORMAT = 2
+    FILE_FORMAT = 3
 
     def __init__(self, conditioning, backbone, action_scale, action_range, obs_steps=2,
                  executed_actions=8, sampling_steps=10, relative=True, noise_samples=1,

@@ -277,8 +277,10 @@ class StateEncoder(Encoder):
     """The observation encoder of stage 2: states of PushT -> features.
 
     It looks at the block's 8 corners from two origins: from the agent, and from where each corner
-    should be in the end. Each vector is given at two scales: coarse, because the board is 512 px
-    wide; and fine (through tanh), because 2 px decide over success. An MLP follows.
+    should be in the end. Each vector is given in two frames: in the board's, in which the actions
+    are; and in the block's, in which the same push looks the same however the block lies. And each
+    is given at two scales: coarse, because the board is 512 px wide; and fine (through tanh),
+    because 2 px decide over success. An MLP follows.
     (The paper's encoders take each observation step alone, as per_step does.)
 
     obs_steps: To. corners: (8, 2) px in the block's own frame. goal: the pose at which the block
@@ -286,7 +288,8 @@ class StateEncoder(Encoder):
     observation step alone, for tokens; otherwise all To steps together.
     """
     observation = "state"
-    seen = 8 * 2 * 2 * 2     # 8 corners x 2 coordinates x 2 origins x 2 scales = 64 numbers a step
+    # 8 corners x 2 coordinates x 2 origins x 2 frames x 2 scales = 128 numbers a step
+    seen = 8 * 2 * 2 * 2 * 2
 
     def __init__(self, obs_steps, corners, goal, width=384, depth=3, per_step=False):
         super().__init__()
@@ -316,13 +319,18 @@ class StateEncoder(Encoder):
         return observations[:, -1, :2]
 
     def features(self, observations):
-        """observations (B, To, 5): agent x, y, block x, y (px), angle (rad) -> (B, To, 64)."""
+        """observations (B, To, 5): agent x, y, block x, y (px), angle (rad) -> (B, To, 128)."""
         corners = place(self.corners, observations[..., 2:])            # (B, To, 8, 2)
         return self.look(corners, observations[..., :2])
 
     def look(self, corners, agent):
-        """Corners (B, To, 8, 2) px seen from agent (B, To, 2) px and from the goal: (B, To, 64)."""
+        """Corners (B, To, 8, 2) px seen from agent (B, To, 2) px and from the goal: (B, To, 128).
+
+        The block's frame has its x axis along the block's longest edge, from corner 0 to corner 1.
+        """
         vectors = torch.cat([corners - agent[..., None, :], corners - self.goal_corners], dim=-2)
+        x_axis = F.normalize(corners[..., 1:2, :] - corners[..., 0:1, :], dim=-1)  # (B, To, 1, 2)
+        vectors = torch.cat([vectors, in_frame(x_axis, vectors)], dim=-2)
         scaled = torch.cat([vectors / COARSE, torch.tanh(vectors / FINE)], dim=-2)
         return scaled.flatten(-2)
 
@@ -353,6 +361,13 @@ def place(corners, pose):
     x, y = corners.unbind(-1)
     rotated = torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)
     return rotated + pose[..., None, :2]
+
+
+def in_frame(x_axis, vectors):
+    """The coordinates of vectors (..., K, 2) in a frame with the unit vector x_axis (..., 1, 2)."""
+    axis_x, axis_y = x_axis.unbind(-1)
+    x, y = vectors.unbind(-1)
+    return torch.stack([axis_x * x + axis_y * y, axis_x * y - axis_y * x], dim=-1)
 
 
 class JointEncoder(Encoder):
@@ -457,7 +472,7 @@ class PixelEncoder(StateEncoder):
         return {**observations, "located": located}
 
     def features(self, perceived):
-        """(B, To, 64). There is one picture, so the corners are the same in all To steps."""
+        """(B, To, 128). There is one picture, so the corners are the same in all To steps."""
         corners = perceived["located"][:, None].expand(-1, self.obs_steps, -1, -1)
         return self.look(corners, perceived["agent_pos"])
 

@@ -627,7 +627,7 @@ class Run:
     the process, --resume goes on from the last checkpoint, to the same bits. Raises ValueError or
     OSError if it cannot, or if a new run cannot have the folder.
     """
-    FORMAT = 3     # of config.json and checkpoint.pt
+    FORMAT = 4     # of config.json and checkpoint.pt
     MAY_DIFFER = "out", "resume", "device", "command"     # the work is the same
 
     def __init__(self, config):

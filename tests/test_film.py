@@ -124,12 +124,19 @@ def test_relative_features_by_hand():
     cos = sin = math.sqrt(0.5)
     corners = torch.tensor([(256 + cos * x - sin * y, 256 + sin * x + cos * y) for x, y in CORNERS])
     state = torch.tensor([[*corners[0].tolist(), *GOAL]])
-    from_agent, from_goal = state_encoder().features(state[None]).view(4, 8, 2)[:2]
+    own = torch.tensor(CORNERS).float()     # in the block's frame
+    coarse, _ = state_encoder().features(state[None]).view(2, 4, 8, 2)
+    from_agent, from_goal, from_agent_turned, from_goal_turned = coarse
     torch.testing.assert_close(from_agent, (corners - corners[0]) / 256, atol=1e-4, rtol=0)
-    torch.testing.assert_close(from_goal, torch.zeros(8, 2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(from_agent_turned, (own - own[0]) / 256, atol=1e-4, rtol=0)
+    for vectors in from_goal, from_goal_turned:
+        torch.testing.assert_close(vectors, torch.zeros(8, 2), atol=1e-6, rtol=0)
     state[0, 2] += 2
-    fine = state_encoder().features(state[None]).view(4, 8, 2)[3]
-    torch.testing.assert_close(fine[:, 0], torch.full((8,), math.tanh(0.1)), atol=1e-4, rtol=0)
+    _, (_, from_goal, _, from_goal_turned) = state_encoder().features(state[None]).view(2, 4, 8, 2)
+    expected = torch.tensor([math.tanh(0.1), 0]).expand(8, 2)
+    torch.testing.assert_close(from_goal, expected, atol=1e-4, rtol=0)
+    expected = torch.tensor([1, -1]).expand(8, 2) * math.tanh(0.1 * cos)
+    torch.testing.assert_close(from_goal_turned, expected, atol=1e-4, rtol=0)
 
 
 def test_the_agent_is_where_the_last_observation_has_it():
