@@ -786,7 +786,7 @@ def test_the_average_of_all_tensors(cap, draws):
         with unchanged(weights=[weight.detach() for weight in weights], num_averaged=num_averaged):
             train.ema_update(cap, averages, weights, num_averaged)
         for i, (mean, right) in enumerate(zip(averages, expected, strict=True)):
-            is_close(mean, right, 1e-5, f"the average of tensor {i}, in place, update {n}, cap {cap}")
+            is_close(mean, right, 1e-5, f"average of tensor {i}, in place, update {n}, cap {cap}")
             assert not mean.requires_grad, "expected an average without a graph: where is no_grad?"
 
 

@@ -10,8 +10,9 @@ To add a question:
 2. Name tests that fail while the function is a blank, each by its id for pytest. Tests that other
    questions do not need belong in tests/test_questions.py: it says how they are written.
 3. Plant at least two mistakes in the function (rows of tests/mutants.py), which these tests catch.
-4. Write "(Q number)" behind the row of README's "The paper, line by line" that `row` names.
-5. Run `python -m pytest tests/test_assignments.py`, then with `-m zoo`.
+4. Put at least three right answers and four wrong ones into tests/zoo.py.
+5. Write "(Q number)" behind the row of README's "The paper, line by line" that `row` names.
+6. Run `python -m pytest tests/test_assignments.py`, then with `-m zoo`.
 To change marks, change `marks`; over all rows they must add up to 100. To make a question's tests
 stricter, name further tests in `tests`. Nothing else has to be changed.
 """
@@ -120,8 +121,8 @@ x_{-1} = x_0""",
         marks=3, minutes=10, needs=(), row="Eq. 3 and 11, gamma h + beta",
         equation="h'_btd = gamma_bd h_btd + beta_bd; m_b holds gamma_b, then beta_b",
         hint="Read the docstring of `Mechanism`: the shapes of h and m, the trap, and what the "
-             "U-Net hands over instead. One body serves both layouts. You may write into h, but not "
-             "into m.",
+             "U-Net hands over instead. One body serves both layouts. You may write into h, but "
+             "not into m.",
         tests=(ASKED + "test_film_is_its_equation[steps_first]",
                ASKED + "test_film_is_its_equation[channels_first]",
                ASKED + "test_film_hands_on_gradients_and_leaves_its_modulation[steps_first]",
@@ -167,9 +168,10 @@ tau = mlp([sin(k w_0) ... sin(k w_{n-1}), cos(k w_0) ... cos(k w_{n-1})]) for ti
         number="3.1", target="heads.MLPBlock.forward", title="A block of DP-MLP",
         marks=5, minutes=20, needs=(), row="IV-D, DP-MLP, 4M",
         equation="x' = after_norm(LN(x + gate(W2 modulate(gelu(W1 x + b1)) + b2)))",
-        hint="`self.mechanism` has the three methods; each takes features and the modulation. gelu "
-             "is the exact one, `F.gelu` without further arguments. `self.dropout` acts on the wide "
-             "layer before it is modulated, and on the branch before the gate. `self.norm` comes last: post-norm.",
+        hint="`self.mechanism` has the three methods; each takes features and the modulation. "
+             "gelu is the exact one: `F.gelu` without further arguments. `self.dropout` acts on the "
+             "wide layer before it is modulated, and on the branch before the gate. `self.norm` "
+             "comes last: post-norm.",
         tests=(ASKED + "test_a_block_is_its_equation",
                ASKED + "test_a_block_drops_its_wide_layer_and_its_branch",
                NET + "test_an_mlp_block_gives_the_recorded_numbers",
