@@ -104,6 +104,15 @@ def test_a_reason_names_the_test_what_was_found_and_what_it_looks_for(asked):
                      verdict(swapped, asked))
 
 
+def test_a_question_s_test_names_its_mistakes_where_a_reason_shows_them():
+    """A reason of the grader holds the first 240 letters of the test's docstring."""
+    text = (code.ROOT / "tests/test_questions.py").read_text(encoding="utf-8")
+    for test in ast.parse(text).body:
+        if isinstance(test, ast.FunctionDef) and test.name.startswith("test_"):
+            mistakes = (ast.get_docstring(test) or "").split("\n\n")[0]
+            assert 20 < len(mistakes) <= 240, f"{test.name}: {len(mistakes)} letters"
+
+
 def test_readme_and_questions_name_each_other():
     """The rows of "The paper, line by line" end in (Q 1.2) or (Q 1.2, 1.3)."""
     readme = (code.ROOT / "README.md").read_text(encoding="utf-8")

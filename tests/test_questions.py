@@ -52,8 +52,8 @@ def is_close(given, expected, within, what):
     worst = int(beyond.nan_to_num(nan=math.inf).argmax())
     where = tuple(int(i) for i in np.unravel_index(worst, beyond.shape))
     if not beyond.max() <= 0:     # also for NaN
-        pytest.fail(f"{what}: at {where} expected {expected[where].item():.5g}, got "
-                    f"{given[where].item():.5g}")
+        pytest.fail(f"{what}: at {where} expected {expected[where].item():.7g}, got "
+                    f"{given[where].item():.7g}")
 
 
 def same_gradients(given, expected, what, **leaves):
@@ -86,8 +86,8 @@ def unchanged(**given):
             old, new = np.asarray(old), np.asarray(new)
             for where in np.argwhere(old != new)[:1]:
                 where = tuple(where.tolist())
-                pytest.fail(f"{name} was changed: at {where} expected {float(old[where]):.5g} as it was "
-                            f"given, found {float(new[where]):.5g}")
+                pytest.fail(f"{name} was changed: at {where} expected {float(old[where]):.5g} as "
+                            f"it was given, found {float(new[where]):.5g}")
 
 
 def leaf(*shape, draws, dtype=torch.float64):

@@ -226,8 +226,8 @@ then the heads side by side, and one matrix""",
         equation="Δq = J^T (J J^T + λ² I)^-1 Δp, λ = DAMPING",
         hint="J J^T is 2 x 2 for any number of joints. Solve, do not invert. Keep the angles' "
              "dtype and device.",
-        tests=(ASKED + "test_a_joint_step_of_any_arm",
-               ASKED + "test_a_joint_step_keeps_the_dtype_of_its_angles",
+        tests=(ASKED + "test_a_joint_step_keeps_the_dtype_of_its_angles",
+               ASKED + "test_a_joint_step_of_any_arm",
                KINEMATICS + "test_joint_step_is_the_smallest_motion_that_moves_the_hand"
                             "[lengths0-base0]",
                KINEMATICS + "test_joint_step_is_the_smallest_motion_that_moves_the_hand"
