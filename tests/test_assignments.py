@@ -48,9 +48,9 @@ def wrong_answers(question):
 
 
 def cases_of(question):
-    """What is asked about a question: its blank alone, and two wrong answers."""
+    """What is asked about a question: its blank alone, and a wrong answer. (The zoo has more.)"""
     return [changed(code.blanked([question]), question, stop=False),
-            *(changed(bugs.plant([row]), question) for row in wrong_answers(question)[:2])]
+            changed(bugs.plant(wrong_answers(question)[:1]), question)]
 
 
 def verdict(case, found):
@@ -82,24 +82,23 @@ def asked():
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=NUMBERS)
 def test_a_question_can_be_failed(question, asked):
-    blank, *wrong = cases_of(question)
+    blank, wrong = cases_of(question)
     unsolved = asked[blank]
     for test in blank.tests:
         reasons = [reason for node, reason in unsolved.items() if grade.is_of(node, test)]
         assert reasons and all(reasons), f"{test} passes, or was not run"
-    assert len(wrong) == 2
-    for case in wrong:
-        assert not re.search("time limit|ended|relies", verdict(case, asked))
-        assert verdict(case, asked) != ""
+    assert len(wrong_answers(question)) >= 2
+    assert not re.search("time limit|ended|relies", verdict(wrong, asked))
+    assert verdict(wrong, asked) != ""
 
 
 def test_a_reason_names_the_test_what_was_found_and_what_it_looks_for(asked):
     """As "was not run" alone, "assert False" alone, or an empty text would not."""
     for question in QUESTIONS:
-        for case in cases_of(question)[1:]:
-            test, _, said = verdict(case, asked).partition(": ")
-            assert test.startswith("test_") and said.strip(), question.number
-    swapped = next(case for case in cases_of(BY_NUMBER["2.1"])[1:])
+        _, wrong = cases_of(question)
+        test, _, said = verdict(wrong, asked).partition(": ")
+        assert test.startswith("test_") and said.strip(), question.number
+    _, swapped = cases_of(BY_NUMBER["2.1"])
     assert re.search("features: at .* expected .*, got .* The test is about: gamma and beta swapped",
                      verdict(swapped, asked))
 

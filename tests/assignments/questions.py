@@ -3,7 +3,8 @@
 A row names a function of the six files; nothing in those files knows of it. The function's
 signature and docstring are the specification; `equation` and `hint` add what the docstring leaves
 open. tests/test_assignments.py checks every row: with the function blank each of its tests fails,
-as it is all pass, and at least two planted mistakes of tests/mutants.py in it are caught.
+as it is all pass, and a planted mistake of tests/mutants.py in it is caught; with -m zoo, all that
+are planted, and the wrong answers of tests/zoo.py.
 
 To add a question:
 1. Add a row below. Take a new number of an existing part, or add a part to PARTS.
