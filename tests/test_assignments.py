@@ -1,6 +1,7 @@
 """The assignments: every question can be failed and solved, and no submission costs another one marks.
 
-    python -m pytest -m zoo tests/test_assignments.py -s     every planted bug, forty submissions
+    python -m pytest -m zoo tests/test_assignments.py -s     every planted bug, the answers of
+                                                             tests/zoo.py, forty submissions
 """
 import ast
 import csv
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import zoo
 from tests.assignments import __main__ as command
 from tests.assignments import bugs, code, examine, grade, handout
 from tests.assignments.questions import PARTS, QUESTIONS
@@ -46,9 +48,9 @@ def wrong_answers(question):
 
 
 def cases_of(question):
-    """What is asked about a question: its blank alone, and two wrong answers."""
+    """What is asked about a question: its blank alone, and a wrong answer. (The zoo has more.)"""
     return [changed(code.blanked([question]), question, stop=False),
-            *(changed(bugs.plant([row]), question) for row in wrong_answers(question)[:2])]
+            changed(bugs.plant(wrong_answers(question)[:1]), question)]
 
 
 def verdict(case, found):
@@ -80,26 +82,34 @@ def asked():
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=NUMBERS)
 def test_a_question_can_be_failed(question, asked):
-    blank, *wrong = cases_of(question)
+    blank, wrong = cases_of(question)
     unsolved = asked[blank]
     for test in blank.tests:
         reasons = [reason for node, reason in unsolved.items() if grade.is_of(node, test)]
         assert reasons and all(reasons), f"{test} passes, or was not run"
-    assert len(wrong) == 2
-    for case in wrong:
-        assert not re.search("time limit|ended|relies", verdict(case, asked))
-        assert verdict(case, asked) != ""
+    assert len(wrong_answers(question)) >= 2
+    assert not re.search("time limit|ended|relies", verdict(wrong, asked))
+    assert verdict(wrong, asked) != ""
 
 
 def test_a_reason_names_the_test_what_was_found_and_what_it_looks_for(asked):
     """As "was not run" alone, "assert False" alone, or an empty text would not."""
     for question in QUESTIONS:
-        for case in cases_of(question)[1:]:
-            test, _, said = verdict(case, asked).partition(": ")
-            assert test.startswith("test_") and said.strip(), question.number
-    swapped = next(case for case in cases_of(BY_NUMBER["2.1"])[1:])
+        _, wrong = cases_of(question)
+        test, _, said = verdict(wrong, asked).partition(": ")
+        assert test.startswith("test_") and said.strip(), question.number
+    _, swapped = cases_of(BY_NUMBER["2.1"])
     assert re.search("features: at .* expected .*, got .* The test is about: gamma and beta swapped",
                      verdict(swapped, asked))
+
+
+def test_a_question_s_test_names_its_mistakes_where_a_reason_shows_them():
+    """A reason of the grader holds the first 240 letters of the test's docstring."""
+    text = (code.ROOT / "tests/test_questions.py").read_text(encoding="utf-8")
+    for test in ast.parse(text).body:
+        if isinstance(test, ast.FunctionDef) and test.name.startswith("test_"):
+            mistakes = (ast.get_docstring(test) or "").split("\n\n")[0]
+            assert 20 < len(mistakes) <= 240, f"{test.name}: {len(mistakes)} letters"
 
 
 def test_readme_and_questions_name_each_other():
@@ -155,10 +165,10 @@ class PlanarArm:
     def joint_step(self, angles, displacement):
         jacobian = self.jacobian(angles)
         N = jacobian.shape[-1]
-        damping = DAMPING * torch.eye(N, dtype=angles.dtype).expand(*angles.shape[:-1], N, N)
+        like_angles = dict(dtype=angles.dtype, device=angles.device)
+        damping = (DAMPING * torch.eye(N, **like_angles)).expand(*angles.shape[:-1], N, N)
         rows = torch.cat([jacobian, damping], -2)
-        zeros = torch.zeros(*angles.shape, dtype=angles.dtype)
-        asked = torch.cat([displacement, zeros], -1)[..., None]
+        asked = torch.cat([displacement, torch.zeros_like(angles)], -1)[..., None]
         return torch.linalg.lstsq(rows, asked).solution[..., 0]
 """),
     "in place": ("2.1", """
@@ -760,6 +770,44 @@ def test_a_copied_function_is_named_for_a_person_to_read(tmp_path):
 
 
 # The whole zoo, and a class of forty -------------------------------------------------------------
+
+def graded(folder, table):
+    """{(number, name): reason} of all answers in a table {number: {name: text}}, by the grader.
+
+    A submission holds one answer to each question; a question that has no more of them is a blank.
+    """
+    turns, given = max(map(len, table.values())), {}
+    for turn in range(turns):
+        texts = code.blanked([question for question in QUESTIONS
+                              if turn >= len(table[question.number])])
+        for question in QUESTIONS:
+            for name in list(table[question.number])[turn:turn + 1]:
+                texts = zoo.placed(table[question.number][name], question, texts)
+                given[question.number, name] = folder / f"{turn}"
+        (folder / f"{turn}").mkdir()
+        for file, text in texts.items():
+            (folder / f"{turn}" / file).write_text(text, encoding="utf-8")
+    marks = grade.grade(sorted(folder.iterdir()), seconds=30, seed=random.randrange(10 ** 6))
+    return {key: marks[path][key[0]].reason for key, path in given.items()}
+
+
+@pytest.mark.zoo
+def test_every_right_answer_of_the_zoo_earns_its_marks(tmp_path):
+    assert zoo.RIGHT.keys() == set(NUMBERS) and min(map(len, zoo.RIGHT.values())) >= 3
+    found = graded(tmp_path, zoo.RIGHT)
+    assert len(found) >= 63 and {key: reason for key, reason in found.items() if reason} == {}
+
+
+@pytest.mark.zoo
+def test_every_wrong_answer_of_the_zoo_is_refused_for_its_mistake(tmp_path):
+    assert zoo.WRONG.keys() == set(NUMBERS) and min(map(len, zoo.WRONG.values())) >= 4
+    texts = {number: {name: text for name, (text, _) in answers.items()}
+             for number, answers in zoo.WRONG.items()}
+    found = graded(tmp_path, texts)
+    assert len(found) >= 84
+    assert {key: reason for key, reason in found.items()
+            if not reason or not re.search(zoo.WRONG[key[0]][key[1]][1], reason)} == {}
+
 
 @pytest.mark.zoo
 def test_a_question_is_solved_in_a_starter_when_it_and_what_it_needs_are(starter, tmp_path):

@@ -653,8 +653,8 @@ def test_a_poor_environment_and_an_odd_folder_change_nothing(environment, small,
         assert code == 0, said
 
 
-@pytest.mark.parametrize("module", few_or_all(["film"], ["diffusion", "film", "heads", "kinematics",
-                                                         "sim_pusht", "train"]))
+@pytest.mark.parametrize("module", few_or_all(["heads"], ["diffusion", "film", "heads",
+                                                          "kinematics", "sim_pusht", "train"]))
 def test_every_module_starts_where_a_backend_is_named_that_does_not_exist(module, tmp_path):
     arguments = ["--help"] if module == "train" else []
     code, printed, said = finish(arguments, tmp_path, script=ROOT / f"{module}.py", env=POOR)

@@ -332,7 +332,7 @@ def same_code(one, other):
 def copy(folder):
     """The six files and the tests with their data, in a new folder: nothing that holds an answer."""
     skipped = shutil.ignore_patterns("__pycache__", "assignments", "mutants.py", "benchmark*",
-                                     "test_assignments.py")
+                                     "test_assignments.py", "zoo.py")
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=skipped)
     for name in FILES:
         shutil.copy(ROOT / name, folder)

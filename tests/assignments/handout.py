@@ -40,7 +40,8 @@ test stands what it looks for: often the very mistake.
 Each function is graded alone, within the original of everything else. Helper functions, helper
 methods and imports that it needs are taken along from its file. Changes of given functions are not:
 the tests say so if there are any. Leave the names and parameters of the asked functions as they are.
-The wording of an error is free, its kind is not.
+The wording of an error is free, its kind is not. The first lines of the handout say what holds for
+every function.
 A test of a question may need other questions solved before: "needs", in the handout. The grader has
 these solved. While question 1.1 is a blank, the tests of the others use recorded numbers for it.
 
@@ -153,7 +154,7 @@ def handout(questions):
     marks = sum(question.marks for question in questions)
     minutes = sum(question.minutes for question in questions)
     text = [f"# Handout\n\n{len(questions)} functions, {marks} marks, about {minutes / 60:.0f} hours. "
-            "Each question is graded alone; the marks are for all of its tests, or none."]
+            "Each question is graded alone; the marks are for all of its tests, or none.\n\n" + RULES]
     parts = sorted(set(map(part_of, questions)))
     for part in parts:
         text.append(f"## Part {part}: {PARTS[part]}")
@@ -167,6 +168,14 @@ def handout(questions):
         text.append(read("experiments.md"))
     return "\n\n".join(text) + "\n"
 
+
+RULES = """What holds for every function, unless its question says something else:
+
+- It works for any sizes and settings that its docstring allows, not for the default ones alone.
+- It leaves what it is given as it was. It may write into tensors that it has made itself.
+- Gradients go through it, to all tensors and weights that it uses: no `detach`, no `torch.no_grad`.
+  A function that has the decorator `@torch.no_grad()` in your copy keeps it.
+- It works on the device of what it is given."""
 
 WRITTEN = """## Written questions
 
