@@ -349,7 +349,7 @@ SIZES = {
         "transformer": dict(width=256, hidden=1024, heads=4, depth=8, dropout=0.3),
     },
     "laptop": {
-        "mlp": dict(width=128, hidden=256, depth=4, dropout=0.0),
+        "mlp": dict(width=128, hidden=256, depth=2, dropout=0.0),
         "unet": dict(time_dim=128, widths=(24, 48, 96), kernel=5),
         "transformer": dict(width=96, hidden=192, heads=4, depth=4, dropout=0.0),
     },

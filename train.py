@@ -461,9 +461,9 @@ class Config:
                        "the scripted expert's", metavar="FILE")
     num_demos: int = flag(None, "how many demonstrations; default 2000, near 1500, of a file all",
                           metavar="N", low=1, high=100_000)
-    stage1_steps: int = flag(None, "updates in stage 1; default 2500, paper 45000", metavar="N",
+    stage1_steps: int = flag(None, "updates in stage 1; default 1500, paper 45000", metavar="N",
                              low=1, high=10 ** 9)
-    steps: int = flag(None, "updates in stage 2, or in normal training; default 18000, near 8000, "
+    steps: int = flag(None, "updates in stage 2, or in normal training; default 12000, near 5000, "
                       "of a file 12000, from pixels 20000, near 9000; paper 83000", metavar="N",
                       low=1, high=10 ** 9)
     corner_weight: float = flag(0.2, "of the auxiliary loss, which tells a policy from pixels "
@@ -516,14 +516,14 @@ def settings(config):
                       log_every=100, checkpoint_every=2000, play_every=10000)
     else:
         # A high learning rate, for which the gradients are clipped and the second beta is small.
-        # An observation is encoded once for two noise draws, and each draw is of a random 4 of the
-        # 16 horizon steps. (Backbones that mix time steps take one draw of all 16.)
-        values.update(batch_size=128, noise_samples=2, loss_steps=4, sampling_steps=10,
+        # An observation is encoded once for four noise draws, and each draw is of a random 4 of
+        # the 16 horizon steps. (Backbones that mix time steps take one draw of all 16.)
+        values.update(batch_size=128, noise_samples=4, loss_steps=4, sampling_steps=10,
                       learning_rate=4e-3, warmup=100, betas=(0.9, 0.98), clip_norm=0.2,
-                      ema_decay=0.995, stage1_steps=2500, steps=18000,
+                      ema_decay=0.999, stage1_steps=1500, steps=12000,
                       log_every=100, checkpoint_every=500, play_every=3000)
         if config.task == "near":
-            values.update(steps=8000)
+            values.update(steps=5000)
         if config.demos:
             # A file's demonstrations are few: their mirror images double them. People disagree
             # about the way, and a lower temperature keeps to what most of them do.
