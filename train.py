@@ -464,7 +464,7 @@ class Config:
     stage1_steps: int = flag(None, "updates in stage 1; default 1500, paper 45000", metavar="N",
                              low=1, high=10 ** 9)
     steps: int = flag(None, "updates in stage 2, or in normal training; default 12000, near 5000, "
-                      "of a file 12000, from pixels 20000, near 9000; paper 83000", metavar="N",
+                      "of a file 12000, from pixels 13000, near 6000; paper 83000", metavar="N",
                       low=1, high=10 ** 9)
     corner_weight: float = flag(0.2, "of the auxiliary loss, which tells a policy from pixels "
                                 "where the block's corners are; default 0.2; 0: the paper's loss",
@@ -527,10 +527,11 @@ def settings(config):
         if config.demos:
             # A file's demonstrations are few: their mirror images double them. People disagree
             # about the way, and a lower temperature keeps to what most of them do.
-            values.update(steps=12000, batch_size=256, mirror=True, temperature=0.5)
+            values.update(steps=12000, batch_size=256, noise_samples=2, mirror=True,
+                          temperature=0.5)
         if config.observation == "pixels":
-            # Pictures are expensive: fewer observations in a batch, more noise draws of each.
-            values.update(steps=9000 if config.task == "near" else 20000,
+            # Pictures are expensive: fewer observations in a batch.
+            values.update(steps=6000 if config.task == "near" else 13000,
                           batch_size=64, noise_samples=4)
     if config.smoke:
         values.update(batch_size=64, steps=150, stage1_steps=100, num_demos=40, episodes=16,

@@ -1407,7 +1407,7 @@ ELSEWHERE = [
      "test_the_settings_that_fit_what_is_asked_for",
      "The warm-up of the paper at the scale of a laptop."),
     ("set-laptop-ema", "train.py",
-     "ema_decay=0.995,",
+     "ema_decay=0.999,",
      "ema_decay=0.9999,",
      "test_the_settings_that_fit_what_is_asked_for",
      "The average is over more updates than are made."),

@@ -401,5 +401,5 @@ def test_the_whole_command_is_the_sum_of_its_parts(capsys, monkeypatch):
     seconds = sum(number * float(rows[part][1]) / (1000 if part.endswith(" ms") else 1)
                   for part, number in counted.items())
     assert abs(total - seconds) < 0.01 * total + 1
-    assert list(counted.values()) == [1, 2500, 18000, 43, 1, 5, 1]
+    assert list(counted.values()) == [1, 1500, 12000, 29, 1, 3, 1]
     assert all(float(rows[part][1]) > 0 for part in counted)

@@ -596,7 +596,7 @@ def test_the_policies_have_the_settings_asked_for(backbone, watch):
                     sampling_steps=10, relative=True, noise_samples=1, loss_steps=None,
                     temperature=1.0)
     if backbone == "mlp":
-        expected |= dict(noise_samples=2, loss_steps=4)
+        expected |= dict(noise_samples=4, loss_steps=4)
     for stage in stages.values():
         assert stage.policy.config == expected
 

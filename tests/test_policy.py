@@ -246,14 +246,14 @@ def test_a_file_of_another_format_gets_one_clear_line(tmp_path):
     policy, path = make_policy(), tmp_path / "policy.pt"
     policy.save(path)
     saved = torch.load(path, weights_only=True)
-    assert saved["format"] == 2
+    assert saved["format"] == 3
     torch.save(dict(saved, format=1), path)
     with pytest.raises(ValueError) as refused:
         DiffusionPolicy.load(path)
-    assert str(refused.value) == f"{path} has policy format 1, this code reads 2"
-    for other, found in (([1, 2], "list"), ({"weights": 3}, None), (dict(saved, format=3), 3)):
+    assert str(refused.value) == f"{path} has policy format 1, this code reads 3"
+    for other, found in (([1, 2], "list"), ({"weights": 3}, None), (dict(saved, format=4), 4)):
         torch.save(other, path)
-        with pytest.raises(ValueError, match=f"has policy format {found}, this code reads 2$"):
+        with pytest.raises(ValueError, match=f"has policy format {found}, this code reads 3$"):
             DiffusionPolicy.load(path)
 
 

@@ -394,17 +394,17 @@ def test_help_states_the_defaults_that_the_settings_hold(capsys):
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ("", dict(steps=18000, batch_size=128, noise_samples=2, mirror=False, temperature=1,
+    ("", dict(steps=12000, batch_size=128, noise_samples=4, mirror=False, temperature=1,
               num_demos=2000, loss_steps=4, sampling_steps=10, learning_rate=4e-3, warmup=100,
-              betas=(0.9, 0.98), clip_norm=0.2, ema_decay=0.995, stage1_steps=2500)),
-    ("--task near", dict(steps=8000, batch_size=128, num_demos=1500)),
-    ("--task away", dict(steps=18000, num_demos=2000)),
+              betas=(0.9, 0.98), clip_norm=0.2, ema_decay=0.999, stage1_steps=1500)),
+    ("--task near", dict(steps=5000, batch_size=128, num_demos=1500)),
+    ("--task away", dict(steps=12000, num_demos=2000)),
     ("--demos FILE", dict(steps=12000, batch_size=256, noise_samples=2, mirror=True,
                           temperature=0.5, num_demos=None)),
     ("--demos FILE --task near", dict(steps=12000, batch_size=256, num_demos=None)),
-    ("--observation pixels", dict(steps=20000, batch_size=64, noise_samples=4, num_demos=2000)),
-    ("--observation pixels --task near", dict(steps=9000, batch_size=64, noise_samples=4)),
-    ("--observation pixels --demos FILE", dict(steps=20000, batch_size=64, noise_samples=4,
+    ("--observation pixels", dict(steps=13000, batch_size=64, noise_samples=4, num_demos=2000)),
+    ("--observation pixels --task near", dict(steps=6000, batch_size=64, noise_samples=4)),
+    ("--observation pixels --demos FILE", dict(steps=13000, batch_size=64, noise_samples=4,
                                                mirror=True, temperature=0.5)),
     ("--scale paper --demos FILE --observation pixels --task near", dict(
         steps=83000, stage1_steps=45000, batch_size=64, noise_samples=1, loss_steps=None,
