@@ -52,8 +52,9 @@ def is_close(given, expected, within, what):
     worst = int(beyond.nan_to_num(nan=math.inf).argmax())
     where = tuple(int(i) for i in np.unravel_index(worst, beyond.shape))
     if not beyond.max() <= 0:     # also for NaN
-        pytest.fail(f"{what}: at {where} expected {expected[where].item():.7g}, got "
-                    f"{given[where].item():.7g}")
+        right, found = expected[where].item(), given[where].item()
+        pytest.fail(f"{what}: at {where} expected {right:.7g}, got {found:.7g}, which differs by "
+                    f"{found - right:.1g}")
 
 
 def same_gradients(given, expected, what, **leaves):
@@ -122,7 +123,13 @@ class OtherDevice(TorchFunctionMode):
                    or isinstance(value, str) and value in ("cpu", str(self.OTHER))]
         if function == torch.Tensor.device.__get__ and self.is_there(args[0]):
             return self.OTHER
+        if function == torch.device:
+            return function(*args, **(kwargs or {}))
         known = (torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.copy_)
+        if function in (torch.Tensor.to, torch.Tensor.type_as) and len(tensors) == 2:
+            result = function(*args, **(kwargs or {})).clone()     # goes to where the second one is
+            result.is_there = self.is_there(tensors[1])
+            return result
         there = {self.is_there(tensor) for tensor in tensors if tensor.dim()}
         if len(there) == 2 and function not in known:
             raise RuntimeError("expected all tensors on the given device, found one on another: "
@@ -263,7 +270,8 @@ def test_one_step_back_by_any_schedule(draws):
 
 def test_each_sample_has_the_noise_of_its_own_timestep(draws):
     """The scales without the two axes that (B,T,A) needs: they meet the wrong axis, or none. A
-    scale for its square; signal and noise swapped. B == T == A on purpose."""
+    scale for its square; signal and noise swapped."""
+    # B == T == A: then a missing axis is no error
     ddpm, timesteps = DDPM(), torch.tensor([3, 40, 0, 99])
     actions, noise = torch.randn(2, 4, 4, 4, generator=draws)
     abar = ddpm.alphas_cumprod[timesteps].double()[:, None, None]
@@ -290,7 +298,8 @@ def test_a_run_of_steps_equals_diffusers():
 
 def test_each_sample_steps_back_from_its_own_timestep(draws):
     """One timestep for the whole batch; scales on the wrong axis; an `if` that takes a tensor of
-    timesteps for one number. B == T == A on purpose."""
+    timesteps for one number."""
+    # B == T == A: then a missing axis is no error
     ddpm, timesteps = DDPM(), [3, 40, 0, 99]
     predicted, noisy, noise = torch.randn(3, 4, 4, 4, generator=draws)
     together = ddpm.step(predicted, torch.tensor(timesteps), noisy, noise)
@@ -340,7 +349,8 @@ def test_a_long_step_back_with_other_numbers(draws):
 @pytest.mark.parametrize("layout", ["steps_first", "channels_first"])
 def test_film_is_its_equation(layout, draws):
     """gamma and beta swapped; 1 + gamma; a missing axis, so that a time step gets the modulation of
-    another sample; gamma and beta taken from one vector's halves. B == T == D on purpose."""
+    another sample; gamma and beta taken from one vector's halves."""
+    # B == T == D: then a missing axis is no error.
     h, m = torch.randn(4, 4, 4, generator=draws), torch.randn(4, 2, 1, 4, generator=draws)
     expected = torch.stack([m[b, 0] * h[b] + m[b, 1] for b in range(4)])
     if layout == "steps_first":
@@ -702,7 +712,7 @@ def test_a_joint_step_is_the_damped_inverse(draws):
 
 
 def test_a_joint_step_keeps_the_dtype_of_its_angles():
-    """The damping made as float32, which torch refuses to add to float64 or solves in float32."""
+    """A result of another dtype than the angles, as where the damping's float32 decides it."""
     for dtype in (torch.float32, torch.float64):
         step = PlanarArm().joint_step(torch.ones(5, 3, dtype=dtype), torch.ones(5, 2, dtype=dtype))
         assert step.dtype == dtype, f"expected {dtype}, got {step.dtype}"
@@ -1011,6 +1021,6 @@ def test_coverage_of_another_goal(draws):
     square = block[:20].reshape(2, 10, 3)
     is_close(torch.as_tensor(sim_pusht.block_coverage(square, goal)),
              torch.as_tensor(recorded[:20].reshape(2, 10)), 1e-6, "coverage of (2, 10, 3) poses")
-    one = sim_pusht.block_coverage(block[0].tolist(), goal.tolist())
+    one = sim_pusht.block_coverage(block[0], goal)
     assert np.shape(one) == (), f"expected a number for one pose, got the shape {np.shape(one)}"
     assert abs(one - recorded[0]) < 1e-6, f"one pose: expected {recorded[0]:.6f}, got {one:.6f}"

@@ -308,6 +308,25 @@ RIGHT = {
             """,
     },
     "4.1": {
+        "made within a device": """
+            if angles.shape[-1] != len(self.link_lengths):
+                raise ValueError("angles")
+            with torch.device(angles.device):
+                lengths = torch.tensor(self.link_lengths, dtype=angles.dtype)
+                base = torch.tensor(self.base, dtype=angles.dtype)
+            ends = (unit(angles.cumsum(-1)) * lengths[:, None]).cumsum(-2)
+            first = torch.zeros_like(ends[..., :1, :])
+            return base + torch.cat([first, ends], -2)
+            """,
+        "moved by another tensor": """
+            if angles.shape[-1] != len(self.link_lengths):
+                raise ValueError("angles")
+            lengths = torch.tensor(self.link_lengths, dtype=torch.float64).to(angles)
+            base = torch.tensor(self.base, dtype=torch.float64).type_as(angles)
+            ends = (unit(angles.cumsum(-1)) * lengths[:, None]).cumsum(-2)
+            first = torch.zeros_like(ends[..., :1, :])
+            return base + torch.cat([first, ends], -2)
+            """,
         "a loop": """
             if angles.shape[-1] != len(self.link_lengths):
                 raise ValueError("wrong number of angles")
