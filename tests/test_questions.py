@@ -147,8 +147,18 @@ class OtherDevice(TorchFunctionMode):
 
 
 def is_on_the_other_device(mode, *tensors):
+    """Fails if a tensor that an answer made is on the CPU, and not where its arguments are."""
     for tensor in tensors:
         assert mode.is_there(tensor), "expected the result on the given device, found it on the CPU"
+
+
+def stays_on_its_device(method, h, m):
+    """Fails if a mechanism's method puts its result on the CPU, and not where h and m are."""
+    with OtherDevice() as mode:
+        h, m = h.detach(), m.detach()
+        mode.move(h, m)
+        result = method(h, m)
+    is_on_the_other_device(mode, result)
 
 
 def other_schedule(num_timesteps=40):
@@ -358,6 +368,7 @@ def test_film_is_its_equation(layout, draws):
     else:
         given = film.FiLM().modulate(h.mT.clone(), m.mT.clone()).mT
     is_close(given, expected, 1e-5, "features")
+    stays_on_its_device(film.FiLM().modulate, h, m)
 
 
 @pytest.mark.parametrize("layout", ["steps_first", "channels_first"])
@@ -397,6 +408,7 @@ def test_a_gate_is_its_equation(layout, draws):
         given = gate(h, m)
         is_close(given, expected, 1e-5, "the gated branch")
         same_gradients(given, expected, "the gated branch", h=h, m=m)
+    stays_on_its_device(film.AdaLNZero().gate, h, m)
 
 
 @pytest.mark.parametrize("dim", [4, 12, 30])
@@ -462,6 +474,11 @@ def test_generators_of_any_sizes(mechanism, B, K, draws):
         same_gradients(given, expected, f"modulation {r}", o=o, tau=tau, observation_part_weight=W,
                        observation_part_bias=b, time_part_weight=U)
         start += V * width
+    with OtherDevice() as mode:
+        o, tau = o.detach(), tau.detach()
+        mode.move(pathway, o, tau)
+        modulations = pathway(o, tau)
+    is_on_the_other_device(mode, *modulations)
 
 
 # Part 3: heads -----------------------------------------------------------------------------------

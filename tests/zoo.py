@@ -894,6 +894,12 @@ WRONG = {
             last="self.add_noise(clean, predicted_noise.detach(), previous_timestep)"), "gradient"),
     },
     "2.1": {
+        "made on the CPU": ("""
+            gamma, beta = m.unbind(1)
+            result = torch.zeros(h.shape, dtype=h.dtype)
+            result[...] = gamma * h + beta
+            return result
+            """, "device"),
         "1 + gamma": ("gamma, beta = m.unbind(1)\nreturn (1 + gamma) * h + beta", r"1 \+ gamma"),
         "swapped": ("beta, gamma = m.unbind(1)\nreturn gamma * h + beta", "swapped"),
         "gamma detached": ("return m[:, 0].detach() * h + m[:, 1]", "gradient"),

@@ -33,8 +33,8 @@ HANDOUT.md has the questions, and a function's docstring says what it takes and 
     {first}
 
 The second line tests question {number} (`{target}` in `{file}`). It fails
-until you have solved the question. `{pytest}` tests all questions at once. Below most
-failed tests stands what the test looks for: often the very mistake.
+until you have solved the question. `{pytest}` tests all questions at once. Most failed
+tests list the mistakes that they look for. Yours is often among them.
 
 {parts}
 

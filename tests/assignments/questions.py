@@ -121,9 +121,9 @@ x_{-1} = x_0""",
         number="2.1", target="film.FiLM.modulate", title="FiLM",
         marks=3, minutes=10, needs=(), row="Eq. 3 and 11, gamma h + beta",
         equation="h'_btd = gamma_bd h_btd + beta_bd; m_b holds gamma_b, then beta_b",
-        hint="Read the docstring of `Mechanism`: the shapes of h and m, the trap, and what the "
-             "U-Net hands over instead. One body serves both layouts. You may write into h, but "
-             "not into m.",
+        hint="Read the docstring of `Mechanism`: the shapes of h and m, and the trap. It must work "
+             "for the layout of the U-Net as well, (B,D,T). You may write into h, but not into "
+             "m.",
         tests=(ASKED + "test_film_is_its_equation[steps_first]",
                ASKED + "test_film_is_its_equation[channels_first]",
                ASKED + "test_film_hands_on_gradients_and_leaves_its_modulation[steps_first]",
@@ -147,16 +147,15 @@ tau = mlp([sin(k w_0) ... sin(k w_{n-1}), cos(k w_0) ... cos(k w_{n-1})]) for ti
         hint="`self.mlp` does nothing where learned=False. Make new tensors on the timestep's "
              "device.",
         tests=(ASKED + "test_a_sinusoid_of_any_size_and_any_timestep",
-               ASKED + "test_the_layers_on_the_sinusoid_learn",
-               NET + "test_the_sinusoid_turns_at_rates_from_1_to_a_ten_thousandth")),
+               ASKED + "test_the_layers_on_the_sinusoid_learn")),
     Question(
         number="2.4", target="film.Conditioning.forward", title="The generators",
         marks=7, minutes=25, needs=(), row="Eq. 2, condition c = [o, tau]",
         equation="(m_1, ..., m_R) = W mish([o, tau]) + b = W_o mish(o) + b + W_tau mish(tau)",
         hint="W_o with b is `self.observation_part`, W_tau is `self.time_part`; both put out all R "
-             "layers in a row. Layer r has `self.sizes[r]` numbers: V vectors of its width, one "
-             "after the other. The K rows of an observation stand next to each other: 0, 0, 1, 1, "
-             "... for K = 2. K is the length of tau divided by that of o.",
+             "layers in a row. Layer r has `self.sizes[r]` numbers: all of the first vector, then "
+             "all of the second. K is the length of tau divided by that of o. The first K rows of "
+             "tau belong to the first observation, the next K to the second. Return a list.",
         tests=(ASKED + "test_generators_of_any_sizes",
                FILM + "test_two_halves_equal_one_product_on_the_concatenation",
                FILM + "test_one_modulation_per_layer_and_noise_draws_follow_their_observation"
