@@ -58,10 +58,9 @@ def is_close(given, expected, within, what):
 
 
 def same_gradients(given, expected, what, **leaves):
-    """Fails unless two tensors have nearly equal gradients with respect to each leaf {name:
-    tensor}.
+    """Fails unless two tensors have nearly equal gradients with respect to each of the leaves.
 
-    given: what the answer computed. expected: the same, computed here.
+    given: what the answer computed. expected: the same, computed here. leaves: {name: tensor}.
     """
     weights = torch.linspace(1, 2, expected.numel()).reshape(expected.shape)
     expected = torch.autograd.grad((expected * weights).sum(), leaves.values(), retain_graph=True)
@@ -260,7 +259,7 @@ def test_clean_actions_by_any_schedule(draws):
 
 def test_one_step_back_by_any_schedule(draws):
     """The weights of the posterior swapped; its variance for its deviation; noise in the last
-    step; One timestep for the batch; no clip; what was given changed; a part detached; another
+    step; one timestep for the batch; no clip; what was given changed; a part detached; another
     schedule."""
     ddpm, tensors = other_schedule(), leaf(3, 4, 5, 3, draws=draws, dtype=torch.float32)
     predicted, noisy, noise = tensors.unbind(0)
@@ -414,7 +413,7 @@ def test_a_gate_is_its_equation(layout, draws):
 @pytest.mark.parametrize("dim", [4, 12, 30])
 def test_a_sinusoid_of_any_size_and_any_timestep(dim):
     """Right for small timesteps alone: angles cut at pi, or timesteps at 3; one rate less or more;
-    rates of another size; Cosines first; another base than 10,000; what was given changed."""
+    rates of another size; cosines first; another base than 10,000; what was given changed."""
     timestep = torch.tensor([0, 1, 2, 4, 17, 99, 100, 999])
     n = dim // 2
     w = 10_000.0 ** (-torch.arange(n).double() / (n - 1))
@@ -913,7 +912,7 @@ def test_the_loss_and_its_gradients(K, loss_steps, agent_given, draws):
 
 
 def test_the_loss_draws_every_timestep_there_is(draws):
-    """100 timesteps, where there are num_timesteps; timestep 0, or the last one, never drawn; One
+    """100 timesteps, where there are num_timesteps; timestep 0, or the last one, never drawn; one
     timestep for a batch."""
     torch.manual_seed(SEED)
     policy, found = learning_policy(draws, noise_samples=4), []

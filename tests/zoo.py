@@ -327,15 +327,6 @@ RIGHT = {
             first = torch.zeros_like(ends[..., :1, :])
             return base + torch.cat([first, ends], -2)
             """,
-        "a loop": """
-            if angles.shape[-1] != len(self.link_lengths):
-                raise ValueError("wrong number of angles")
-            points = [angles.new_tensor(self.base).expand(*angles.shape[:-1], 2)]
-            for n, length in enumerate(self.link_lengths):
-                total = angles[..., :n + 1].sum(-1)
-                points.append(points[-1] + length * torch.stack([total.cos(), total.sin()], -1))
-            return torch.stack(points, -2)
-            """,
         "a triangular matrix": """
             N = len(self.link_lengths)
             if angles.shape[-1] != N:

@@ -213,7 +213,7 @@ def section(question):
     needs = ", ".join(question.needs) or "nothing"
     return (f"### {question.number} {question.title}\n\n"
             f"`{'.'.join(filter(None, (owner, name)))}` in `{file}`: {question.marks} marks, about "
-            f"{question.minutes} minutes. Needs: {needs}. README's row: {question.row}.\n\n"
+            f"{question.minutes} minutes. Needs: {needs}. In the project's README: {question.row}.\n\n"
             f"{equation}\n\n"
             f"{question.hint}\n\n"
             f"```\n{command(question)}\n```")

@@ -203,8 +203,8 @@ then the heads side by side, and one matrix""",
         marks=5, minutes=20, needs=(), row="Eq. 5-7, forward kinematics",
         equation="p_0 = base, p_n = p_{n-1} + L_n (cos θ_n, sin θ_n), θ_n = q_1 + ... + q_n",
         hint="`unit` makes the vectors. Any number of leading dimensions, also none; dtype and "
-             "device are those of the angles. (Lengths that were float32 before are not exact in "
-             "float64.)",
+             "device are those of the angles. (Make the lengths in this dtype at "
+             "once: a float32 number is not exact in float64.)",
         tests=(ASKED + "test_joints_need_an_angle_for_each_link",
                ASKED + "test_joints_of_any_arm_in_any_shape",
                KINEMATICS + "test_links_keep_their_lengths",
