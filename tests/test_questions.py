@@ -52,15 +52,15 @@ def is_close(given, expected, within, what):
     worst = int(beyond.nan_to_num(nan=math.inf).argmax())
     where = tuple(int(i) for i in np.unravel_index(worst, beyond.shape))
     if not beyond.max() <= 0:     # also for NaN
-        pytest.fail(f"{what}: at {where} expected {expected[where].item():.7g}, got "
-                    f"{given[where].item():.7g}")
+        right, found = expected[where].item(), given[where].item()
+        pytest.fail(f"{what}: at {where} expected {right:.7g}, got {found:.7g}, which differs by "
+                    f"{found - right:.1g}")
 
 
 def same_gradients(given, expected, what, **leaves):
-    """Fails unless two tensors have nearly equal gradients with respect to each leaf {name:
-    tensor}.
+    """Fails unless two tensors have nearly equal gradients with respect to each of the leaves.
 
-    given: what the answer computed. expected: the same, computed here.
+    given: what the answer computed. expected: the same, computed here. leaves: {name: tensor}.
     """
     weights = torch.linspace(1, 2, expected.numel()).reshape(expected.shape)
     expected = torch.autograd.grad((expected * weights).sum(), leaves.values(), retain_graph=True)
@@ -122,7 +122,13 @@ class OtherDevice(TorchFunctionMode):
                    or isinstance(value, str) and value in ("cpu", str(self.OTHER))]
         if function == torch.Tensor.device.__get__ and self.is_there(args[0]):
             return self.OTHER
+        if function == torch.device:
+            return function(*args, **(kwargs or {}))
         known = (torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.copy_)
+        if function in (torch.Tensor.to, torch.Tensor.type_as) and len(tensors) == 2:
+            result = function(*args, **(kwargs or {})).clone()     # goes to where the second one is
+            result.is_there = self.is_there(tensors[1])
+            return result
         there = {self.is_there(tensor) for tensor in tensors if tensor.dim()}
         if len(there) == 2 and function not in known:
             raise RuntimeError("expected all tensors on the given device, found one on another: "
@@ -140,8 +146,18 @@ class OtherDevice(TorchFunctionMode):
 
 
 def is_on_the_other_device(mode, *tensors):
+    """Fails if a tensor that an answer made is on the CPU, and not where its arguments are."""
     for tensor in tensors:
         assert mode.is_there(tensor), "expected the result on the given device, found it on the CPU"
+
+
+def stays_on_its_device(method, h, m):
+    """Fails if a mechanism's method puts its result on the CPU, and not where h and m are."""
+    with OtherDevice() as mode:
+        h, m = h.detach(), m.detach()
+        mode.move(h, m)
+        result = method(h, m)
+    is_on_the_other_device(mode, result)
 
 
 def other_schedule(num_timesteps=40):
@@ -243,7 +259,7 @@ def test_clean_actions_by_any_schedule(draws):
 
 def test_one_step_back_by_any_schedule(draws):
     """The weights of the posterior swapped; its variance for its deviation; noise in the last
-    step; One timestep for the batch; no clip; what was given changed; a part detached; another
+    step; one timestep for the batch; no clip; what was given changed; a part detached; another
     schedule."""
     ddpm, tensors = other_schedule(), leaf(3, 4, 5, 3, draws=draws, dtype=torch.float32)
     predicted, noisy, noise = tensors.unbind(0)
@@ -263,7 +279,8 @@ def test_one_step_back_by_any_schedule(draws):
 
 def test_each_sample_has_the_noise_of_its_own_timestep(draws):
     """The scales without the two axes that (B,T,A) needs: they meet the wrong axis, or none. A
-    scale for its square; signal and noise swapped. B == T == A on purpose."""
+    scale for its square; signal and noise swapped."""
+    # B == T == A: then a missing axis is no error
     ddpm, timesteps = DDPM(), torch.tensor([3, 40, 0, 99])
     actions, noise = torch.randn(2, 4, 4, 4, generator=draws)
     abar = ddpm.alphas_cumprod[timesteps].double()[:, None, None]
@@ -290,7 +307,8 @@ def test_a_run_of_steps_equals_diffusers():
 
 def test_each_sample_steps_back_from_its_own_timestep(draws):
     """One timestep for the whole batch; scales on the wrong axis; an `if` that takes a tensor of
-    timesteps for one number. B == T == A on purpose."""
+    timesteps for one number."""
+    # B == T == A: then a missing axis is no error
     ddpm, timesteps = DDPM(), [3, 40, 0, 99]
     predicted, noisy, noise = torch.randn(3, 4, 4, 4, generator=draws)
     together = ddpm.step(predicted, torch.tensor(timesteps), noisy, noise)
@@ -340,7 +358,8 @@ def test_a_long_step_back_with_other_numbers(draws):
 @pytest.mark.parametrize("layout", ["steps_first", "channels_first"])
 def test_film_is_its_equation(layout, draws):
     """gamma and beta swapped; 1 + gamma; a missing axis, so that a time step gets the modulation of
-    another sample; gamma and beta taken from one vector's halves. B == T == D on purpose."""
+    another sample; gamma and beta taken from one vector's halves."""
+    # B == T == D: then a missing axis is no error.
     h, m = torch.randn(4, 4, 4, generator=draws), torch.randn(4, 2, 1, 4, generator=draws)
     expected = torch.stack([m[b, 0] * h[b] + m[b, 1] for b in range(4)])
     if layout == "steps_first":
@@ -348,6 +367,7 @@ def test_film_is_its_equation(layout, draws):
     else:
         given = film.FiLM().modulate(h.mT.clone(), m.mT.clone()).mT
     is_close(given, expected, 1e-5, "features")
+    stays_on_its_device(film.FiLM().modulate, h, m)
 
 
 @pytest.mark.parametrize("layout", ["steps_first", "channels_first"])
@@ -387,12 +407,13 @@ def test_a_gate_is_its_equation(layout, draws):
         given = gate(h, m)
         is_close(given, expected, 1e-5, "the gated branch")
         same_gradients(given, expected, "the gated branch", h=h, m=m)
+    stays_on_its_device(film.AdaLNZero().gate, h, m)
 
 
 @pytest.mark.parametrize("dim", [4, 12, 30])
 def test_a_sinusoid_of_any_size_and_any_timestep(dim):
     """Right for small timesteps alone: angles cut at pi, or timesteps at 3; one rate less or more;
-    rates of another size; Cosines first; another base than 10,000; what was given changed."""
+    rates of another size; cosines first; another base than 10,000; what was given changed."""
     timestep = torch.tensor([0, 1, 2, 4, 17, 99, 100, 999])
     n = dim // 2
     w = 10_000.0 ** (-torch.arange(n).double() / (n - 1))
@@ -452,6 +473,11 @@ def test_generators_of_any_sizes(mechanism, B, K, draws):
         same_gradients(given, expected, f"modulation {r}", o=o, tau=tau, observation_part_weight=W,
                        observation_part_bias=b, time_part_weight=U)
         start += V * width
+    with OtherDevice() as mode:
+        o, tau = o.detach(), tau.detach()
+        mode.move(pathway, o, tau)
+        modulations = pathway(o, tau)
+    is_on_the_other_device(mode, *modulations)
 
 
 # Part 3: heads -----------------------------------------------------------------------------------
@@ -702,7 +728,7 @@ def test_a_joint_step_is_the_damped_inverse(draws):
 
 
 def test_a_joint_step_keeps_the_dtype_of_its_angles():
-    """The damping made as float32, which torch refuses to add to float64 or solves in float32."""
+    """A result of another dtype than the angles, as where the damping's float32 decides it."""
     for dtype in (torch.float32, torch.float64):
         step = PlanarArm().joint_step(torch.ones(5, 3, dtype=dtype), torch.ones(5, 2, dtype=dtype))
         assert step.dtype == dtype, f"expected {dtype}, got {step.dtype}"
@@ -886,7 +912,7 @@ def test_the_loss_and_its_gradients(K, loss_steps, agent_given, draws):
 
 
 def test_the_loss_draws_every_timestep_there_is(draws):
-    """100 timesteps, where there are num_timesteps; timestep 0, or the last one, never drawn; One
+    """100 timesteps, where there are num_timesteps; timestep 0, or the last one, never drawn; one
     timestep for a batch."""
     torch.manual_seed(SEED)
     policy, found = learning_policy(draws, noise_samples=4), []
@@ -1011,6 +1037,6 @@ def test_coverage_of_another_goal(draws):
     square = block[:20].reshape(2, 10, 3)
     is_close(torch.as_tensor(sim_pusht.block_coverage(square, goal)),
              torch.as_tensor(recorded[:20].reshape(2, 10)), 1e-6, "coverage of (2, 10, 3) poses")
-    one = sim_pusht.block_coverage(block[0].tolist(), goal.tolist())
+    one = sim_pusht.block_coverage(block[0], goal)
     assert np.shape(one) == (), f"expected a number for one pose, got the shape {np.shape(one)}"
     assert abs(one - recorded[0]) < 1e-6, f"one pose: expected {recorded[0]:.6f}, got {one:.6f}"

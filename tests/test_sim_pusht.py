@@ -153,7 +153,7 @@ def test_coverage_equals_counted_points():
 def test_coverage_of_known_poses():
     goal = np.array([256, 256, np.pi / 4])
     assert sim_pusht.block_coverage(goal) == pytest.approx(1, abs=1e-12)
-    assert sim_pusht.block_coverage([0, 0, 0.0]) == 0
+    assert sim_pusht.block_coverage(np.zeros(3)) == 0
     level = np.array([256, 256, 0.0])  # edges parallel to the goal's: nothing may divide by zero
     for shift, share in ((0, 1), (15, 4500 / 6300), (30, 2700 / 6300)):
         moved = level + [shift, 0, 0]

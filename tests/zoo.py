@@ -308,14 +308,24 @@ RIGHT = {
             """,
     },
     "4.1": {
-        "a loop": """
+        "made within a device": """
             if angles.shape[-1] != len(self.link_lengths):
-                raise ValueError("wrong number of angles")
-            points = [angles.new_tensor(self.base).expand(*angles.shape[:-1], 2)]
-            for n, length in enumerate(self.link_lengths):
-                total = angles[..., :n + 1].sum(-1)
-                points.append(points[-1] + length * torch.stack([total.cos(), total.sin()], -1))
-            return torch.stack(points, -2)
+                raise ValueError("angles")
+            with torch.device(angles.device):
+                lengths = torch.tensor(self.link_lengths, dtype=angles.dtype)
+                base = torch.tensor(self.base, dtype=angles.dtype)
+            ends = (unit(angles.cumsum(-1)) * lengths[:, None]).cumsum(-2)
+            first = torch.zeros_like(ends[..., :1, :])
+            return base + torch.cat([first, ends], -2)
+            """,
+        "moved by another tensor": """
+            if angles.shape[-1] != len(self.link_lengths):
+                raise ValueError("angles")
+            lengths = torch.tensor(self.link_lengths, dtype=torch.float64).to(angles)
+            base = torch.tensor(self.base, dtype=torch.float64).type_as(angles)
+            ends = (unit(angles.cumsum(-1)) * lengths[:, None]).cumsum(-2)
+            first = torch.zeros_like(ends[..., :1, :])
+            return base + torch.cat([first, ends], -2)
             """,
         "a triangular matrix": """
             N = len(self.link_lengths)
@@ -875,6 +885,12 @@ WRONG = {
             last="self.add_noise(clean, predicted_noise.detach(), previous_timestep)"), "gradient"),
     },
     "2.1": {
+        "made on the CPU": ("""
+            gamma, beta = m.unbind(1)
+            result = torch.zeros(h.shape, dtype=h.dtype)
+            result[...] = gamma * h + beta
+            return result
+            """, "device"),
         "1 + gamma": ("gamma, beta = m.unbind(1)\nreturn (1 + gamma) * h + beta", r"1 \+ gamma"),
         "swapped": ("beta, gamma = m.unbind(1)\nreturn gamma * h + beta", "swapped"),
         "gamma detached": ("return m[:, 0].detach() * h + m[:, 1]", "gradient"),

@@ -5,7 +5,7 @@
     python -m tests.assignments bugs DIR [--seed S] [--count K]    a repository with silent bugs
 
 How to add a question, or to change its marks, is said in tests/assignments/questions.py. What a
-public repository cannot hide, and which variants help, is said in tests/assignments/answers.md.
+public repository cannot hide, and what helps, is said at the top of tests/assignments/answers.md.
 """
 import argparse
 import contextlib
@@ -114,8 +114,8 @@ def make_parser():
     one = commands.add_parser("grade", help="marks for submissions, as a table")
     one.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="one for each student")
     one.add_argument("--part", **part,
-                     help="mark this part; may be given again; default: all. Give those that the "
-                          "starter asked, for it may hold other parts solved")
+                     help="mark this part; may be given again; default: all. Name the parts of the "
+                          "starter again: it holds earlier parts solved, and they would earn marks")
     one.add_argument("--csv", type=Path, metavar="FILE",
                      help="a new file; each student's row is written to it as soon as it is known")
     one.add_argument("--seconds", type=seconds, default=30, metavar="N",

@@ -6,7 +6,8 @@ experiments run on them. The parts behind it are blank as well, so that the firs
 does not hold the solutions of the last. No test needs a later part.
 
 Of the tests a starter keeps those that its questions name, with the helpers, fixtures and recorded
-numbers that these need. The others hold answers: tests/benchmark_heads.py has every head a second
+numbers that these need. (A failing test prints its own lines, and some compute what is expected.)
+The others hold answers: tests/benchmark_heads.py has every head a second
 time, tests/mutants.py the lines that it changes. Twins that are no answer stay, such as the denoiser
 in closed form in diffusion.py. What its written questions tell to read comes with it.
 """
@@ -32,16 +33,16 @@ HANDOUT.md has the questions, and a function's docstring says what it takes and 
     {first}
 
 The second line tests question {number} (`{target}` in `{file}`). It fails
-until you have solved the question. `{pytest}` tests all questions at once. Below a failed
-test stands what it looks for: often the very mistake.
+until you have solved the question. `{pytest}` tests all questions at once. Most failed
+tests list the mistakes that they look for. Yours is often among them.
 
 {parts}
 
 Each function is graded alone, within the original of everything else. Helper functions, helper
-methods and imports that it needs are taken along from its file. Changes of given functions are not:
-the tests say so if there are any. Leave the names and parameters of the asked functions as they are.
-The wording of an error is free, its kind is not. The first lines of the handout say what holds for
-every function.
+methods and imports that it needs are taken along from its file. Changes of other functions are
+ignored, and the tests tell you if there are any. Leave the names and parameters of the asked
+functions as they are. Where an error is asked for, raise the named exception; its message is free.
+The first lines of the handout say what holds for every function.
 A test of a question may need other questions solved before: "needs", in the handout. The grader has
 these solved. While question 1.1 is a blank, the tests of the others use recorded numbers for it.
 
@@ -142,8 +143,8 @@ def said_of_parts(asked, closed):
     if closed:
         behind = ", ".join(map(str, sorted(set(map(part_of, closed)))))
         text.append(f"The functions of part {behind} raise NotImplementedError too. They come later, "
-                    "and nothing here needs them. Until then a file whose functions are missing does "
-                    "not run as a lesson, and `train.py` does not train.")
+                    "and nothing here needs them. Until then some lessons, and `train.py`, stop where "
+                    "such a function is called.")
     return textwrap.fill(" ".join(text), 99)
 
 
@@ -153,7 +154,7 @@ def handout(questions):
     """The text of HANDOUT.md: the questions; the written ones and experiments of their parts."""
     marks = sum(question.marks for question in questions)
     minutes = sum(question.minutes for question in questions)
-    text = [f"# Handout\n\n{len(questions)} functions, {marks} marks, about {minutes / 60:.0f} hours. "
+    text = [f"# Handout\n\n{len(questions)} functions, {marks} marks, about {minutes / 60:.1f} hours. "
             "Each question is graded alone; the marks are for all of its tests, or none.\n\n" + RULES]
     parts = sorted(set(map(part_of, questions)))
     for part in parts:
@@ -212,7 +213,7 @@ def section(question):
     needs = ", ".join(question.needs) or "nothing"
     return (f"### {question.number} {question.title}\n\n"
             f"`{'.'.join(filter(None, (owner, name)))}` in `{file}`: {question.marks} marks, about "
-            f"{question.minutes} minutes. Needs: {needs}. In the paper: {question.row}.\n\n"
+            f"{question.minutes} minutes. Needs: {needs}. In the project's README: {question.row}.\n\n"
             f"{equation}\n\n"
             f"{question.hint}\n\n"
             f"```\n{command(question)}\n```")

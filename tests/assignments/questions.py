@@ -2,9 +2,9 @@
 
 A row names a function of the six files; nothing in those files knows of it. The function's
 signature and docstring are the specification; `equation` and `hint` add what the docstring leaves
-open. tests/test_assignments.py checks every row: with the function blank each of its tests fails,
-as it is all pass, and a planted mistake of tests/mutants.py in it is caught; with -m zoo, all that
-are planted, and the wrong answers of tests/zoo.py.
+open. tests/test_assignments.py checks every row. With a blank in the place of the function each of
+its tests fails, with the original all pass, and a planted mistake of tests/mutants.py is caught.
+With -m zoo this is done for all planted mistakes, and for the wrong answers of tests/zoo.py.
 
 To add a question:
 1. Add a row below. Take a new number of an existing part, or add a part to PARTS.
@@ -121,9 +121,9 @@ x_{-1} = x_0""",
         number="2.1", target="film.FiLM.modulate", title="FiLM",
         marks=3, minutes=10, needs=(), row="Eq. 3 and 11, gamma h + beta",
         equation="h'_btd = gamma_bd h_btd + beta_bd; m_b holds gamma_b, then beta_b",
-        hint="Read the docstring of `Mechanism`: the shapes of h and m, the trap, and what the "
-             "U-Net hands over instead. One body serves both layouts. You may write into h, but "
-             "not into m.",
+        hint="Read the docstring of `Mechanism`: the shapes of h and m, and the trap. It must work "
+             "for the layout of the U-Net as well, (B,D,T). You may write into h, but not into "
+             "m.",
         tests=(ASKED + "test_film_is_its_equation[steps_first]",
                ASKED + "test_film_is_its_equation[channels_first]",
                ASKED + "test_film_hands_on_gradients_and_leaves_its_modulation[steps_first]",
@@ -147,16 +147,15 @@ tau = mlp([sin(k w_0) ... sin(k w_{n-1}), cos(k w_0) ... cos(k w_{n-1})]) for ti
         hint="`self.mlp` does nothing where learned=False. Make new tensors on the timestep's "
              "device.",
         tests=(ASKED + "test_a_sinusoid_of_any_size_and_any_timestep",
-               ASKED + "test_the_layers_on_the_sinusoid_learn",
-               NET + "test_the_sinusoid_turns_at_rates_from_1_to_a_ten_thousandth")),
+               ASKED + "test_the_layers_on_the_sinusoid_learn")),
     Question(
         number="2.4", target="film.Conditioning.forward", title="The generators",
         marks=7, minutes=25, needs=(), row="Eq. 2, condition c = [o, tau]",
         equation="(m_1, ..., m_R) = W mish([o, tau]) + b = W_o mish(o) + b + W_tau mish(tau)",
         hint="W_o with b is `self.observation_part`, W_tau is `self.time_part`; both put out all R "
-             "layers in a row, `self.sizes` numbers for each: V vectors, one after the other. The "
-             "K rows of an observation stand next to each other: 0, 0, 1, 1, ... for K = 2. Only "
-             "the lengths of o and tau tell K. The R layers may have different widths.",
+             "layers in a row. Layer r has `self.sizes[r]` numbers: all of the first vector, then "
+             "all of the second. K is the length of tau divided by that of o. The first K rows of "
+             "tau belong to the first observation, the next K to the second. Return a list.",
         tests=(ASKED + "test_generators_of_any_sizes",
                FILM + "test_two_halves_equal_one_product_on_the_concatenation",
                FILM + "test_one_modulation_per_layer_and_noise_draws_follow_their_observation"
@@ -181,7 +180,7 @@ tau = mlp([sin(k w_0) ... sin(k w_{n-1}), cos(k w_0) ... cos(k w_{n-1})]) for ti
         number="3.2", target="heads.causal_mask", title="The causal mask",
         marks=3, minutes=10, needs=(), row="DP-T, cross-attention",
         equation="mask_ij = (j <= i) or (i < in_front and j < in_front)",
-        hint="bool, on the given device, without a loop.",
+        hint="bool, on the given device; no loop is needed.",
         tests=(ASKED + "test_a_mask_of_any_size",
                *(NET + f"test_which_steps_a_step_may_look_at[{case}]" for case in
                  ("0-expected0", "1-expected1", "2-expected2", "3-expected3")))),
@@ -189,7 +188,7 @@ tau = mlp([sin(k w_0) ... sin(k w_{n-1}), cos(k w_0) ... cos(k w_{n-1})]) for ti
         number="3.3", target="heads.Attention.forward", title="Attention",
         marks=6, minutes=30, needs=(), row="V-B, why cross-attention collapses",
         equation="""\
-for each head, of width d = D / heads: softmax(q k^T / sqrt(d), where mask is False: 0) v;
+for each head, of width d = D / heads: softmax(q k^T / sqrt(d)) v, the softmax's weight 0 where mask is False;
 then the heads side by side, and one matrix""",
         hint="`self.key_value` puts out keys and values, in this order; head 1 has the first d "
              "features of each. `F.scaled_dot_product_attention` wants heads before steps, takes a "
@@ -204,7 +203,8 @@ then the heads side by side, and one matrix""",
         marks=5, minutes=20, needs=(), row="Eq. 5-7, forward kinematics",
         equation="p_0 = base, p_n = p_{n-1} + L_n (cos θ_n, sin θ_n), θ_n = q_1 + ... + q_n",
         hint="`unit` makes the vectors. Any number of leading dimensions, also none; dtype and "
-             "device are those of the angles.",
+             "device are those of the angles. (Make the lengths in this dtype at "
+             "once: a float32 number is not exact in float64.)",
         tests=(ASKED + "test_joints_need_an_angle_for_each_link",
                ASKED + "test_joints_of_any_arm_in_any_shape",
                KINEMATICS + "test_links_keep_their_lengths",
