@@ -286,6 +286,7 @@ class StateEncoder(Encoder):
     observation step alone, for tokens; otherwise all To steps together.
     """
     observation = "state"
+    numbers = 5              # of an observation: agent x, y, block x, y, angle
     seen = 8 * 2 * 2 * 2     # 8 corners x 2 coordinates x 2 origins x 2 scales = 64 numbers a step
 
     def __init__(self, obs_steps, corners, goal, width=384, depth=3, per_step=False):
@@ -309,7 +310,7 @@ class StateEncoder(Encoder):
 
     def read(self, observations, device):
         """Observations as a tensor; ValueError if they are not (B, To, 5), or not finite."""
-        return checked(observations, "observations", (self.obs_steps, 5), device)
+        return checked(observations, "observations", (self.obs_steps, self.numbers), device)
 
     def agent_position(self, observations):
         """Where the agent is at present, in the last observation: (B, 2) px."""
@@ -318,11 +319,14 @@ class StateEncoder(Encoder):
     def features(self, observations):
         """observations (B, To, 5): agent x, y, block x, y (px), angle (rad) -> (B, To, 64)."""
         corners = place(self.corners, observations[..., 2:])            # (B, To, 8, 2)
-        return self.look(corners, observations[..., :2])
+        return self.look(corners, observations[..., :2], self.goal_corners)
 
-    def look(self, corners, agent):
-        """Corners (B, To, 8, 2) px seen from agent (B, To, 2) px and from the goal: (B, To, 64)."""
-        vectors = torch.cat([corners - agent[..., None, :], corners - self.goal_corners], dim=-2)
+    def look(self, corners, agent, goal_corners):
+        """Corners (B, To, 8, 2) px seen from agent (B, To, 2) px and from the goal: (B, To, 64).
+
+        goal_corners: where they should be, (8, 2) or (B, To, 8, 2) px.
+        """
+        vectors = torch.cat([corners - agent[..., None, :], corners - goal_corners], dim=-2)
         scaled = torch.cat([vectors / COARSE, torch.tanh(vectors / FINE)], dim=-2)
         return scaled.flatten(-2)
 
@@ -330,6 +334,26 @@ class StateEncoder(Encoder):
         """observations (B, To, 5) -> (B, steps, size). steps: To with per_step, otherwise 1."""
         features = self.features(observations)
         return self.mlp(features.reshape(len(features), self.steps, -1))
+
+
+class GoalEncoder(StateEncoder):
+    """A StateEncoder for several goals: each observation says, behind the state, which one counts.
+
+    observations (B, To, 8): the state, then x and y (px) and angle (rad) of the goal. goals: those
+    that the policy learns, a list of poses. They are kept for policy files and change no output.
+    """
+    observation = "state-and-goal"
+    numbers = 8
+
+    def __init__(self, obs_steps, corners, goals, **mlp):
+        super().__init__(obs_steps, corners, goals[0], **mlp)
+        del self.config["goal"]
+        self.config["goals"] = [[float(number) for number in goal] for goal in goals]
+
+    def features(self, observations):
+        """observations (B, To, 8) -> (B, To, 64)."""
+        agent, block, goal = observations.split([2, 3, 3], dim=-1)
+        return self.look(place(self.corners, block), agent, place(self.corners, goal))
 
 
 def checked(values, name, shape, device, kind=torch.float32):
@@ -459,7 +483,7 @@ class PixelEncoder(StateEncoder):
     def features(self, perceived):
         """(B, To, 64). There is one picture, so the corners are the same in all To steps."""
         corners = perceived["located"][:, None].expand(-1, self.obs_steps, -1, -1)
-        return self.look(corners, perceived["agent_pos"])
+        return self.look(corners, perceived["agent_pos"], self.goal_corners)
 
     def auxiliary_loss(self, perceived):
         """corner_weight times how far the corners are from the true ones, in units of 20 px."""
@@ -469,8 +493,8 @@ class PixelEncoder(StateEncoder):
         return self.corner_weight * (distance / FINE)
 
 
-ENCODERS = {"state": StateEncoder, "pixels": PixelEncoder, "joints": JointEncoder,
-            "pose": PoseEncoder, "none": NoEncoder}
+ENCODERS = {"state": StateEncoder, "state-and-goal": GoalEncoder, "pixels": PixelEncoder,
+            "joints": JointEncoder, "pose": PoseEncoder, "none": NoEncoder}
 
 
 # The lesson ---------------------------------------------------------------------------------------

@@ -433,8 +433,8 @@ MUTANTS = [
      "test_relative_features_by_hand",
      "The goal's corners without the goal's angle."),
     ("state-from-goal-is-from-agent", "film.py",
-     "corners - agent[..., None, :], corners - self.goal_corners]",
-     "corners - agent[..., None, :], self.goal_corners - agent[..., None, :]]",
+     "corners - agent[..., None, :], corners - goal_corners]",
+     "corners - agent[..., None, :], goal_corners - agent[..., None, :]]",
      "test_relative_features_by_hand",
      "The goal seen from the agent: the difference that decides is left to the network."),
     ("state-fine-is-coarse", "film.py",
@@ -891,9 +891,9 @@ MUTANTS = [
      "One update's loss in place of the mean."),
     ("run-playing-is-training", "train.py",
      'timed(self.seconds, "evaluation"):\n'
-     "            result = evaluate(policy, self.config.task",
+     "            results = evaluate_all(policy, self.config.task",
      "timed(self.seconds, self.stage):\n"
-     "            result = evaluate(policy, self.config.task",
+     "            results = evaluate_all(policy, self.config.task",
      "test_playing_on_the_way_is_done_by_the_average_and_leaves_no_trace",
      "Playing on the way counts as training time."),
     ("run-random-not-restored", "train.py",
@@ -1232,19 +1232,19 @@ MUTANTS = [
      '        policy.load_state_dict(self.parts["average"].module.state_dict())\n',
      "test_playing_on_the_way_is_done_by_the_average_and_leaves_no_trace",
      "Present weights kept by reference: training goes on from the average.",
-     ('        return scores(result)["success_rate"]\n',
+     ('        return scores(*results.values())["success_rate"]\n',
       "        policy.load_state_dict(present)\n"
       "        policy.train()\n"
-      '        return scores(result)["success_rate"]\n')),
+      '        return scores(*results.values())["success_rate"]\n')),
     ("way-not-back", "train.py",
      '        policy = self.parts["average"].module.eval()\n',
      '        policy = self.parts["policy"].eval()\n'
      '        policy.load_state_dict(self.parts["average"].module.state_dict())\n',
      "test_playing_on_the_way_is_done_by_the_average_and_leaves_no_trace",
      "Training goes on from the average.",
-     ('        return scores(result)["success_rate"]\n',
+     ('        return scores(*results.values())["success_rate"]\n',
       "        policy.train()\n"
-      '        return scores(result)["success_rate"]\n')),
+      '        return scores(*results.values())["success_rate"]\n')),
     ("way-train-mode", "train.py",
      '        policy = self.parts["average"].module.eval()\n',
      '        policy = self.parts["average"].module\n',

@@ -454,7 +454,7 @@ def test_a_notebook_makes_its_own_configuration(demos, tmp_path, capsys):
     expected = run_main(*tiny(demos, tmp_path / "line", "--decoupled"))
     assert summary["max_coverage"] == expected["max_coverage"]
     assert rows_of(tmp_path / "notebook") == rows_of(tmp_path / "line")
-    for bad, told in ((dict(task="moon"), "--task moon is unknown; allowed: full, near"),
+    for bad, told in ((dict(task="moon"), "--task 'moon' is unknown; allowed: full, near"),
                       (dict(steps=0), "--steps 0 is out of range; allowed: 1 to"),
                       (dict(recipe="thawed"), "unknown; allowed: normal, decoupled"),
                       (dict(keep_biases=True), "means nothing without --decoupled")):
