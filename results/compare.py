@@ -11,6 +11,7 @@ ones are skipped. Collecting writes results/<preset>.json, .md and .png, and the
 preset's markers in results/README.md. What is in the .json and not in runs/ stays in there.
 """
 import argparse
+import itertools
 import os
 import shlex
 import signal
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from results.report import publish, read, read_run
+from results.report import average, publish, read, read_run
 
 HERE = Path(__file__).parent
 INTERRUPTED = "compare: interrupted; the same command goes on"
@@ -60,6 +61,7 @@ class Preset:
 
     paper: success in % on MimicGen, in the first version / in the second; x: no such run. Flags
     "history": shown as once collected, but not run again, for the flags are gone from train.py.
+    Flags that end in APART: a run for each of the tasks, which together are one row.
     """
     question: str
     rows: str
@@ -169,6 +171,12 @@ PRESETS = {
         full, pixels normal                   | --task full MLP PIXELS                        | -
         full, pixels decoupled                | --task full MLP PIXELS ARM                    | -
         """, task=""),
+    "goals": Preset("One policy for three goals?", """
+        one policy, 18,000 updates         | MLP                     | 61.3 | 63.1 | -
+        three policies, 6,000 updates each | MLP --steps 6000 APART  | -    | -    | -
+        one policy, 54,000 updates         | MLP --steps 54000       | 61.3 | 63.1 | -
+        three policies, 18,000 updates each | MLP APART              | -    | -    | -
+        """, ("normal", "decoupled", "random frozen"), task="full,away,corner", seeds=3),
     "observation": Preset("What must it see?", """
         relative corners, two scales        | history                                   | -
         gym-pusht's keypoints               | history                                   | -
@@ -185,7 +193,11 @@ def runs(preset, seeds):
         words = f"--task {preset.task} {flags}" if preset.task else flags
         for word, meaning in (HEADS | FILES).items():
             words = words.replace(word, meaning)
-        for seed in range(seeds):
+        variants = [words]
+        if "APART" in words:     # the task is the word behind --task
+            together, words = words.split()[1], words.replace(" APART", "")
+            variants = [words.replace(together, task) for task in together.split(",")]
+        for seed, words in itertools.product(range(seeds), variants):
             command = ["train.py", *words.format(seed=seed).split(), "--seed", str(seed)]
             names = [Path(word).parent.name if "/" in word else word.removeprefix("--")
                      for word in command[1:-2]]
@@ -214,10 +226,16 @@ def collect(preset, file):
     cells = {}
     if file.exists():
         cells = {(cell["cell"], cell["seed"]): cell for cell in read(file)["cells"]}
+    folders = {}
     for label, seed, folder, _ in runs(preset, seeds=100):     # more than anyone has run
-        if (folder / "summary.json").exists():
+        folders.setdefault((label, seed), []).append(folder)
+    for (label, seed), its in folders.items():     # one run, or one for each task
+        if all((folder / "summary.json").exists() for folder in its):
             try:
-                cells[label, seed] = {"cell": label} | read_run(folder)
+                found = []
+                for folder in its:
+                    found.append(read_run(folder))
+                cells[label, seed] = {"cell": label} | average(found)
             except (OSError, ValueError, LookupError, TypeError) as error:     # damaged, or empty
                 print(f"compare: {folder} is left out, a file in it is damaged ({error!r:.80}); "
                       "move the folder away, and the run is made anew", file=sys.stderr)
@@ -285,7 +303,7 @@ def main():
     parser.error = lambda message: parser.exit(2, f"compare: {message} (--help tells more)\n")
     flag = parser.add_argument
     flag("preset", nargs="?", choices=PRESETS)
-    flag("--seeds", type=int, help="default 3 for main, recipes, human, 2 for the others")
+    flag("--seeds", type=int, help="default 3 for main, recipes, human, goals, 2 for the others")
     flag("--out", type=Path, default=HERE, help="where table and figure go; default results/")
     flag("--list", action="store_true", help="print the missing runs' commands")
     flag("--collect", action="store_true", help="run nothing")
