@@ -360,8 +360,9 @@ def film(policies, tasks, results, path):
         pictures = sim_pusht.draw_states(states[times], 192, sim_pusht.TASKS[task][1])
         frames += zip(pictures, np.stack(strips, 1), [f"leg {number + 1}: the conditioning of "
                                                       f"task {task} is in the head"] * len(times))
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    board, strip = figure.subplots(1, 2, width_ratios=(1, 1))
+    figure = Figure(figsize=(7, 3.6))
+    figure.subplots_adjust(0.01, 0.15, 0.98, 0.9, 0.15)
+    board, strip = figure.subplots(1, 2)
     board.set_axis_off()
     strip.set(xlabel="gamma - 1, then beta, of each feature", ylabel="block")
     strip.set_yticks(range(len(strips)), range(1, len(strips) + 1))
@@ -430,7 +431,7 @@ def measure_files(files, different_heads, scenes):
 def publish(cells, drawn, out):
     """Write swap.json and swap.md to the folder; where there are modulations, also .png and .gif."""
     out.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(cell) for cell in cells)
+    lines = ",\n".join(json.dumps(cell | {"command": "python -m results.swap"}) for cell in cells)
     (out / "swap.json").write_text('{"cells": [\n' + lines + "\n]}\n", encoding="utf-8")
     (out / "swap.md").write_text(tables(cells), encoding="utf-8")
     blocks, policies, tasks, results = drawn

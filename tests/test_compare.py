@@ -306,6 +306,8 @@ def test_every_committed_run_knows_its_settings():
     """So --check can find those of its kind; rows that are history have none to compare with."""
     optional = {"keep_biases", "action_head", "observation", "corner_weight"}
     for file in (ROOT / "results").glob("*.json"):
+        if file.stem == "swap":     # it measures policies that it has not trained by itself
+            continue
         preset = compare.PRESETS[file.stem]
         history = {label for label, flags, _ in preset.table() if flags.startswith("history")}
         for found in report.read(file)["cells"]:

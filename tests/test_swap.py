@@ -312,6 +312,7 @@ def test_without_a_policy_all_seeds_are_measured_and_written(tmp_path, monkeypat
         (config.out / "summary.json").write_text("{}")
 
     monkeypatch.setattr(compare, "execute", execute)
+    monkeypatch.setattr(swap, "film", lambda *_: None)
     swap.main(["--list", "--seeds", "2"])
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 14 and all(shlex.split(line)[1] == "train.py" for line in listed)

@@ -383,7 +383,7 @@ def test_help_states_the_defaults_that_the_settings_hold(capsys):
     assert (full.num_demos, near.num_demos) == (paper.num_demos, near_paper.num_demos)
     assert f"default {full.num_demos}, near {near.num_demos}, of a file all" in told
     assert file.num_demos is None
-    assert f"evaluation scenes; default {full.episodes}" in told
+    assert f"evaluation scenes of each task; default {full.episodes}" in told
     mlp, transformer, large = (make_backbone(name, scale).config["width"] for name, scale in (
         ("mlp", "laptop"), ("transformer", "laptop"), ("mlp", "paper")))
     assert f"default {mlp} and {transformer}, paper {large}" in told
