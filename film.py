@@ -292,7 +292,7 @@ class StateEncoder(Encoder):
     def __init__(self, obs_steps, corners, goal, width=384, depth=3, per_step=False):
         super().__init__()
         corners = [[float(x), float(y)] for x, y in corners]     # a file must not hold arrays
-        goal = [float(number) for number in goal]
+        goal = torch.tensor(goal, dtype=torch.float64).tolist()
         self.config = dict(observation=self.observation, obs_steps=obs_steps, corners=corners,
                            goal=goal, width=width, depth=depth)
         self.obs_steps = obs_steps
@@ -322,10 +322,7 @@ class StateEncoder(Encoder):
         return self.look(corners, observations[..., :2], self.goal_corners)
 
     def look(self, corners, agent, goal_corners):
-        """Corners (B, To, 8, 2) px seen from agent (B, To, 2) px and from the goal: (B, To, 64).
-
-        goal_corners: where they should be, (8, 2) or (B, To, 8, 2) px.
-        """
+        """Corners (B, To, 8, 2) seen from agent (B, To, 2) and from the goal's: (B, To, 64)."""
         vectors = torch.cat([corners - agent[..., None, :], corners - goal_corners], dim=-2)
         scaled = torch.cat([vectors / COARSE, torch.tanh(vectors / FINE)], dim=-2)
         return scaled.flatten(-2)
@@ -339,16 +336,11 @@ class StateEncoder(Encoder):
 class GoalEncoder(StateEncoder):
     """A StateEncoder for several goals: each observation says, behind the state, which one counts.
 
-    observations (B, To, 8): the state, then x and y (px) and angle (rad) of the goal. goals: those
-    that the policy learns, a list of poses. They are kept for policy files and change no output.
+    observations (B, To, 8): the state, then x and y (px) and angle (rad) of the goal. goal: a list
+    of the poses that the policy learns; a policy file holds them, but no output depends on them.
     """
     observation = "state-and-goal"
     numbers = 8
-
-    def __init__(self, obs_steps, corners, goals, **mlp):
-        super().__init__(obs_steps, corners, goals[0], **mlp)
-        del self.config["goal"]
-        self.config["goals"] = [[float(number) for number in goal] for goal in goals]
 
     def features(self, observations):
         """observations (B, To, 8) -> (B, To, 64)."""

@@ -172,10 +172,9 @@ def load_backbone(path, asked):
 def conditioning_on_observations(backbone, config):
     """A fresh pathway for what a policy of this task, or of these tasks, observes."""
     goals = [sim_pusht.TASKS[task][1].tolist() for task in config.task.split(",")]
-    settings = dict(obs_steps=OBS_STEPS, corners=sim_pusht.KEYPOINTS.tolist())
+    settings = dict(obs_steps=OBS_STEPS, corners=sim_pusht.KEYPOINTS.tolist(), goal=goals[0])
     if len(goals) > 1:
-        return make_conditioning(backbone, "state-and-goal", goals=goals, **settings)
-    settings["goal"] = goals[0]
+        return make_conditioning(backbone, "state-and-goal", **settings | {"goal": goals})
     if config.observation == "pixels":
         settings["corner_weight"] = config.corner_weight
     return make_conditioning(backbone, config.observation, **settings)
@@ -299,10 +298,7 @@ def windows(demonstrations, first, length, device):
 
 
 def get_demonstrations(config):
-    """The demonstrations of the task. Those of several tasks follow each other in one set.
-
-    Where there are several, each state (N,5) is followed by the goal of its task: (N,8).
-    """
+    """The demonstrations of the task; of several, all of them, the goal in each state (N,8)."""
     if config.task in sim_pusht.TASKS:
         return demonstrations_of(config.task, config)
     parts, frames = [], 0
@@ -357,10 +353,7 @@ def evaluate_all(policy, tasks, episodes):
 
 
 def scores(*results):
-    """Score and success rate with standard errors; the definitions are the benchmark's.
-
-    Of several results all scenes count alike.
-    """
+    """Score and success rate of all scenes, with standard errors, as the benchmark defines them."""
     coverage, final = (np.concatenate([result[name] for result in results])
                        for name in ("max_coverage", "final_coverage"))
     score = np.clip(coverage / 0.95, 0, 1)
@@ -405,7 +398,7 @@ def save_summary(summary, folder):
 
 
 def draw_rollouts(results, folder):
-    """rollouts.png and rollout.gif of the first eight scenes; of further tasks rollouts-TASK.png."""
+    """rollouts.png, rollout.gif: the first eight scenes; of further tasks rollouts-TASK.png."""
     for number, (task, result) in enumerate(results.items()):
         _, goal = sim_pusht.TASKS[task]
         which = f"-{task}" if number else ""
@@ -421,8 +414,8 @@ def report(summary, folder):
           f"success  {summary['success_rate']:.3f} +- {summary['success_se']:.3f}  coverage > 0.95 "
           f"within 300 steps, {summary['executed_actions']} actions executed of each chunk")
     for its in summary.get("tasks", []):     # where there are several
-        print(f"  {its['task']}: score {its['score']:.3f} +- {its['score_se']:.3f}, success "
-              f"{its['success_rate']:.3f} +- {its['success_se']:.3f} ({its['episodes']} scenes)")
+        print(f"  {its['task']}: score {its['score']:.3f}, success {its['success_rate']:.3f} +- "
+              f"{its['success_se']:.3f} ({its['episodes']} scenes)")
     for key in [key for key, value in summary.items() if isinstance(value, dict)]:
         print(key, *(f"{name} {number:,.0f}" for name, number in summary[key].items()), sep="  ")
     print(f"see      summary.json, rollouts.png and rollout.gif in {folder}")
@@ -498,8 +491,8 @@ class Config:
                       high=10_000)
     demos: Path = flag(None, "demonstrations from an .npz (state, action, episode_ends); default: "
                        "the scripted expert's", metavar="FILE")
-    num_demos: int = flag(None, "how many demonstrations of each task; default 2000, near 1500, of a file all",
-                          metavar="N", low=1, high=100_000)
+    num_demos: int = flag(None, "how many demonstrations of each task; default 2000, near 1500, "
+                          "of a file all", metavar="N", low=1, high=100_000)
     stage1_steps: int = flag(None, "updates in stage 1; default 2500, paper 45000", metavar="N",
                              low=1, high=10 ** 9)
     steps: int = flag(None, "updates in stage 2, or in normal training; default 18000, near 8000, "
@@ -515,7 +508,8 @@ class Config:
                           choices=["auto", "fp32", "bf16"])
     device: str = flag("auto", "default auto: cuda if any", choices=["auto", "cpu", "cuda"])
 
-    episodes: int = flag(None, "evaluation scenes of each task; default 200", metavar="N", low=1, high=10_000)
+    episodes: int = flag(None, "evaluation scenes of each task; default 200", metavar="N",
+                         low=1, high=10_000)
     executed_actions: int = flag(8, "how many actions of each chunk of 16 are carried out; "
                                  "default 8", metavar="N", low=1, high=HORIZON - OBS_STEPS + 1)
     out: Path = flag(None, "the run's folder; default runs/<what distinguishes it>",
@@ -587,13 +581,13 @@ def settings(config):
     return dataclasses.replace(config, **chosen)
 
 
-def check_tasks(config):
-    """Raise ValueError, in one line, if --task names no task, or tasks that no policy can learn."""
+def check(config):
+    """Raise ValueError, in one line, for a value that is not allowed or means nothing."""
     tasks = config.task.split(",")
     for task in tasks:
         if task not in sim_pusht.TASKS:
-            raise ValueError(f"--task {task!r} is unknown; allowed: {', '.join(sim_pusht.TASKS)}, or "
-                             "several with commas between")
+            raise ValueError(f"--task {task!r} is unknown; allowed: {', '.join(sim_pusht.TASKS)}, "
+                             "or several with commas between")
     if len({tuple(sim_pusht.TASKS[task][1]) for task in tasks}) < len(tasks):
         raise ValueError(f"--task {config.task} names one goal twice (near has that of full)")
     if len(tasks) > 1 and config.demos:
@@ -601,11 +595,6 @@ def check_tasks(config):
     if len(tasks) > 1 and config.observation == "pixels":
         raise ValueError(f"--observation pixels with --task {config.task}: a PixelEncoder would "
                          "have to find the goal in the picture as well; it finds only the block")
-
-
-def check(config):
-    """Raise ValueError, in one line, for a value that is not allowed or means nothing."""
-    check_tasks(config)
     for field in dataclasses.fields(config):
         value, about = getattr(config, field.name), field.metadata
         name = f"--{field.name.replace('_', '-')}" + f" {value}" * (value is not True)

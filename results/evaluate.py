@@ -33,8 +33,8 @@ def make_parser():
     parser.error = lambda message: parser.exit(2, f"evaluate: {message} (--help tells more)\n")
     flag = parser.add_argument
     flag("policy", type=Path, metavar="POLICY", help="a policy.pt of train.py")
-    flag("--task", metavar="TASK", help="which scenes, and which goal; several with commas between; "
-         "default: for each goal of the policy the first task that has it")
+    flag("--task", metavar="TASK", help="which scenes, and which goal; several with commas "
+         "between; default: for each goal of the policy the first task that has it")
     flag("--episodes", type=bounded(1, 10_000), default=200, metavar="N",
          help="how many scenes of each task; default 200")
     flag("--executed-actions", type=bounded(1, train.HORIZON - train.OBS_STEPS + 1), metavar="N",
@@ -45,13 +45,11 @@ def make_parser():
 
 
 def goals_of(policy):
-    """The poses that the policy has learned to reach: a list. ValueError for a policy of stage 1."""
+    """The poses that the policy has learned to reach, a list. ValueError for one of stage 1."""
     encoder = policy.conditioning.encoder.config
-    if "goals" in encoder:
-        return encoder["goals"]
     if "goal" not in encoder:
         raise ValueError(f"the policy observes {encoder['observation']}, not the scenes of a task")
-    return [encoder["goal"]]
+    return encoder["goal"] if encoder["observation"] == "state-and-goal" else [encoder["goal"]]
 
 
 def tasks_of(policy, asked=None):

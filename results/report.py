@@ -137,7 +137,8 @@ def table(preset, cells):
         sizes = [f"{parameters[part] / 1e6:.3g}M" for part in ("trained", "frozen")]
         row = [label, success, " ".join(seeds), score, " / ".join(sizes), paper[label]]
         if tasks:
-            of_each = np.mean([[each["success_rate"] for each in cell["tasks"]] for cell in group], 0)
+            rates = [[each["success_rate"] for each in cell["tasks"]] for cell in group]
+            of_each = np.mean(rates, axis=0)
             row.insert(2, " / ".join(f"{rate:.3f}" for rate in of_each))
         rows.append(row)
     if set(paper.values()) == {"-"}:

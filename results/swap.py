@@ -8,8 +8,8 @@
 Two decoupled policies that were made from one --action-head hold the same backbone, bit for bit.
 All that differs between them is `policy.conditioning`. So the following is a test of the claim
 that the task is in there.
-1. The swap. Policy A plays until the block covers A's goal, or for 300 steps. There the conditioning
-   of B takes A's place in the same head, and then A's comes back: three legs.
+1. The swap. Policy A plays until the block covers A's goal, or for 300 steps. There the
+   conditioning of B takes A's place in the same head, and then A's comes back: three legs.
 2. Controls: no swap; conditionings that were trained with another seed's head; a head frozen at
    random; normally trained policies, whose backbones differ (--different-heads); the moving goal.
 3. Where is the task? Only some blocks, or only the last denoising steps, get B's modulations.
@@ -171,7 +171,7 @@ def there_and_back(policy, other):
 # Where is the task? ------------------------------------------------------------------------------
 
 def parts_of(policy):
-    """What can be exchanged, as (name, blocks, timesteps): blocks alone and neighbours, last steps."""
+    """What can be exchanged: (name, blocks, timesteps) of blocks, neighbours and last steps."""
     number = len(policy.backbone.modulation_widths)
     timesteps = list(policy.ddpm.timesteps(policy.sampling_steps))
     parts = [("nothing", [], [])]
@@ -317,7 +317,8 @@ def draw(cells, blocks, identity, path):
         for goal, name in enumerate(("first goal", "second goal")):
             means = [report.spread([cell["goals"][goal] for cell in found[label]], "success_rate")
                      for label in labels]
-            axis.errorbar(range(len(labels)), *np.array(means).T, marker="o", label=name)
+            axis.errorbar(range(len(labels)), *np.array(means).T, label=name, capsize=3,
+                          fmt="o-" if word == "last" else "o")
         short = [label.removeprefix("blocks ").split(" denoising")[0].removeprefix("last ")
                  for label in labels]
         axis.set_xticks(range(len(labels)), short, rotation=60)
@@ -328,12 +329,12 @@ def draw(cells, blocks, identity, path):
                    "the difference", fontsize=10)
     for number, (axis, block) in enumerate(zip(lower.subplots(1, len(blocks), squeeze=False)[0],
                                                blocks)):
-        last = block[:, -1, :, 0] - identity                                 # (task, S, D)
+        last = block[:, -1, :16, 0] - identity                               # (task, S, D)
         order = np.argsort(last[1].mean(0) - last[0].mean(0))
         image = axis.imshow(np.concatenate(last)[:, order], cmap="coolwarm", aspect="auto",
-                            vmin=-1, vmax=1)
+                            vmin=-2, vmax=2)
         axis.axhline(len(last[0]) - 0.5, color="k")
-        axis.set(title=f"block {number + 1}", xlabel="feature", ylabel="scene")
+        axis.set(title=f"block {number + 1}", xlabel="feature", ylabel="scene", yticks=[])
     lower.colorbar(image, ax=lower.axes, label="gamma - 1")
     figure.savefig(path, dpi=80)
 
@@ -349,11 +350,11 @@ def film(policies, tasks, results, path):
     frames = []     # (picture, modulations, title)
     for number, (policy, task, result) in enumerate(zip(policies, tasks, results)):
         states, length = result["states"][:, scene], result["length"][scene]
-        times = [*range(0, length, 4), *[length] * 4]
+        times = [*range(0, length, 5), *[length] * 4]
         past = states[np.maximum(np.array(times)[:, None] + np.arange(1 - policy.obs_steps, 1), 0)]
         seen = sim_pusht.observe(past, policy.conditioning.encoder.observation,
                                  sim_pusht.TASKS[task][1])
-        strips = [(m[0] - identity).reshape(len(times), -1)
+        strips = [(m[0] - identity)[..., ::4].reshape(len(times), -1)
                   for m in modulations_of(policy, seen, [0])]
         width = max(strip.shape[1] for strip in strips)
         strips = [np.pad(strip, ((0, 0), (0, width - strip.shape[1]))) for strip in strips]
@@ -364,7 +365,7 @@ def film(policies, tasks, results, path):
     figure.subplots_adjust(0.01, 0.15, 0.98, 0.9, 0.15)
     board, strip = figure.subplots(1, 2)
     board.set_axis_off()
-    strip.set(xlabel="gamma - 1, then beta, of each feature", ylabel="block")
+    strip.set(xlabel="gamma - 1, then beta, of every fourth feature", ylabel="block")
     strip.set_yticks(range(len(strips)), range(1, len(strips) + 1))
     picture = board.imshow(frames[0][0])
     image = strip.imshow(frames[0][1], cmap="coolwarm", aspect="auto", vmin=-1.5, vmax=1.5,
@@ -377,7 +378,7 @@ def film(policies, tasks, results, path):
         title.set_text(frame[2])
 
     FuncAnimation(figure, show, frames, cache_frame_data=False).save(path, PillowWriter(fps=10),
-                                                                     dpi=70)
+                                                                     dpi=60)
 
 
 # The command line --------------------------------------------------------------------------------
@@ -429,7 +430,7 @@ def measure_files(files, different_heads, scenes):
 
 
 def publish(cells, drawn, out):
-    """Write swap.json and swap.md to the folder; where there are modulations, also .png and .gif."""
+    """Write swap.json and swap.md; where there are modulations, also swap.png and swap.gif."""
     out.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(cell | {"command": "python -m results.swap"}) for cell in cells)
     (out / "swap.json").write_text('{"cells": [\n' + lines + "\n]}\n", encoding="utf-8")

@@ -36,6 +36,7 @@ RELEVANT = {"diffusion.py": ["diffusion", "policy", "net", "heads"],
             "kinematics.py": ["kinematics", "net"],
             "train.py": ["net", "train"],
             "results/evaluate.py": ["evaluate"],
+            "results/swap.py": ["swap"],
             "sim_pusht.py": ["net", "sim_pusht"]}
 
 # This one would find every mutant: it compares the table below with the code.
@@ -1050,8 +1051,8 @@ MUTANTS = [
      "test_policies_made_from_one_file_hold_its_backbone",
      "--action-head pretrains its backbone once more: there is no shared head."),
     ("recipe-goal-of-the-benchmark", "train.py",
-     'settings["goal"] = goals[0]',
-     'settings["goal"] = sim_pusht.GOAL.tolist()',
+     "corners=sim_pusht.KEYPOINTS.tolist(), goal=goals[0])",
+     "corners=sim_pusht.KEYPOINTS.tolist(), goal=sim_pusht.GOAL.tolist())",
      "test_a_policy_knows_the_goal_of_its_task",
      "On another task the policy still measures its distance from the benchmark's goal."),
     ("recipe-keeps-fresh-biases", "train.py",
@@ -1370,6 +1371,23 @@ ELSEWHERE = [
      'part["state"], "state-and-goal", goal)', 'part["state"], "state-and-goal")',
      "test_the_demonstrations_of_all_tasks_are_one_set_with_the_goal_in_each_state",
      "All demonstrations are said to push to the benchmark's goal."),
+    ("swap-whole-policy", "results/swap.py",
+     "DiffusionPolicy(other.conditioning, policy.backbone,",
+     "DiffusionPolicy(other.conditioning, other.backbone,",
+     "test_the_controls_are_played_with_what_their_names_say",
+     "The other policy plays whole: the controls say nothing about the head."),
+    ("swap-in-all-steps", "results/swap.py",
+     "        if int(timestep[0]) in self.timesteps:\n", "        if self.timesteps:\n",
+     "test_a_block_and_a_step_are_those_that_are_named",
+     "The last step alone is all steps: every noise level seems to carry the goal."),
+    ("swap-history-forgotten", "results/swap.py",
+     "        past = first.pop() if first else past\n", "",
+     "test_a_leg_begins_where_each_scene_ended_the_last_one",
+     "A leg begins as if the agent had stood still."),
+    ("swap-stops-at-the-goal", "results/swap.py",
+     "generator, stops=False)", "generator)",
+     "test_where_plays_on_although_the_goal_is_covered",
+     "A scene ends at the first goal, so a second one is never reached."),
 ]
 
 

@@ -1,4 +1,4 @@
-"""One policy for several goals: the goal is observed, demonstrations are joined, bad input is one line."""
+"""One policy for several goals: it observes the goal, demonstrations are joined, bad input."""
 import json
 
 import numpy as np
@@ -27,7 +27,7 @@ def write_policy(folder, *tasks):
     backbone = make_backbone("mlp")
     goals = [GOALS[task].tolist() for task in tasks]
     pathway = film.make_conditioning(backbone, "state-and-goal", obs_steps=2, corners=CORNERS,
-                                     goals=goals)
+                                     goal=goals)
     policy = DiffusionPolicy(pathway, backbone, train.ACTION_SCALE, (0, 512))
     policy.save(folder / "policy.pt")
     return folder / "policy.pt"
@@ -69,7 +69,7 @@ def test_it_is_saved_and_loaded_with_its_goals(mechanism, tmp_path):
     backbone = make_backbone("transformer", conditioning=mechanism)
     goals = [GOALS["full"].tolist(), GOALS["away"].tolist()]
     pathway = film.make_conditioning(backbone, "state-and-goal", obs_steps=2, corners=CORNERS,
-                                     goals=goals)
+                                     goal=goals)
     policy = DiffusionPolicy(pathway, backbone, train.ACTION_SCALE, (0, 512)).eval()
     policy.save(tmp_path / "policy.pt")
     loaded = DiffusionPolicy.load(tmp_path / "policy.pt")
@@ -84,8 +84,8 @@ def test_the_goals_are_unlike_and_the_mirror_maps_each_to_itself():
     for task in ("full", "away"):
         assert sim_pusht.block_coverage(GOALS["corner"], GOALS[task]) < 1e-9
     assert np.abs(sim_pusht.keypoints(GOALS["corner"]) - sim_pusht.MIDDLE).max() < sim_pusht.FREE
-    shown = {"state": np.array([[100, 200, *GOALS["corner"]]]), "action": np.array([[120.0, 200.0]]),
-             "episode_ends": np.array([1])}
+    shown = {"state": np.array([[100, 200, *GOALS["corner"]]]),
+             "action": np.array([[120.0, 200.0]]), "episode_ends": np.array([1])}
     image = sim_pusht.mirror(shown, GOALS["corner"])["state"][1]
     np.testing.assert_allclose(image, [200, 100, *GOALS["corner"]], atol=1e-4)
 
@@ -122,7 +122,8 @@ def test_the_demonstrations_of_all_tasks_are_one_set_with_the_goal_in_each_state
     first = len(alone[0]["state"])
     np.testing.assert_array_equal(joined["state"][:, :5],
                                   np.concatenate([part["state"] for part in alone]))
-    np.testing.assert_array_equal(joined["action"], np.concatenate([part["action"] for part in alone]))
+    np.testing.assert_array_equal(joined["action"],
+                                  np.concatenate([part["action"] for part in alone]))
     assert (joined["state"][:first, 5:] == GOALS["away"]).all()
     assert (joined["state"][first:, 5:] == GOALS["corner"]).all()
     states, actions = next(train.demonstration_batches(joined, config))
@@ -181,7 +182,7 @@ def test_with_one_task_nothing_is_appended():
     for task, goals in (("full,corner", ["full", "corner"]), ("away,near", ["away", "near"])):
         config.task = task
         encoder = train.conditioning_on_observations(train.new_backbone(config), config).encoder
-        assert encoder.config["goals"] == [GOALS[name].tolist() for name in goals]
+        assert encoder.config["goal"] == [GOALS[name].tolist() for name in goals]
 
 
 @pytest.mark.parametrize("flags, told", [

@@ -28,7 +28,7 @@ def policy_for(tasks="full", backbone=None, observation="state", **settings):
     goals = [sim_pusht.TASKS[task][1].tolist() for task in tasks.split(",")]
     kind = dict(goal=goals[0])
     if len(goals) > 1:
-        observation, kind = "state-and-goal", dict(goals=goals)
+        observation, kind = "state-and-goal", dict(goal=goals)
     pathway = film.make_conditioning(backbone, observation, obs_steps=2, corners=CORNERS, **kind)
     if not backbone.mechanism.tokens:
         torch.nn.init.normal_(pathway.time_part.weight, std=0.1)
@@ -148,8 +148,10 @@ def test_where_plays_on_although_the_goal_is_covered(pair, monkeypatch):
     monkeypatch.setattr(swap, "new_scenes", lambda policy, scenes: (
         np.tile([30.0, 30.0, *near], (scenes, 2, 1)), torch.Generator().manual_seed(0)))
     monkeypatch.setattr(swap, "parts_of", lambda policy: [("nothing", [], [])])
-    monkeypatch.setattr(swap, "Mixture", lambda *_: Standing())
+    policy = Standing()
+    monkeypatch.setattr(swap, "Mixture", lambda *_: policy)
     (cell,) = swap.where(*pair, ["full", "away"], 3)
+    assert len(policy.seen) == 2     # chunks of 8 in 16 steps
     first, second = cell["goals"]
     assert (first["task"], first["success_rate"], first["score"]) == ("full", 1, 1)
     assert second["success_rate"] == 0 and second["score"] == pytest.approx(
