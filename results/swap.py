@@ -458,6 +458,8 @@ def main(arguments=None):
     try:
         if len(options.policies) > 2:
             raise ValueError(f"{len(options.policies)} policies are given; allowed: 0 to 2")
+        if options.out and (options.out == Path() or options.out.is_file()):
+            raise ValueError(f"--out {options.out} is no name of its own for a folder")
         if options.policies:
             cells, drawn = measure_files(options.policies, options.different_heads, options.scenes)
             cells = [cell | {"seed": 0} for cell in cells]
@@ -486,14 +488,14 @@ def main(arguments=None):
             before, _, after = report.split_at_markers(readme.read_text(encoding="utf-8"), "swap")
             readme.write_text(before + tables(cells) + after, encoding="utf-8")
         print(tables(cells))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         parser.error(error)
 
 
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"     # pictures go to files
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(compare.INTERRUPTED))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("swap: interrupted; the same command goes on")
+        sys.exit("swap: interrupted; finished runs stay, the measurement begins anew")

@@ -267,6 +267,27 @@ def test_what_cannot_be_exchanged_is_one_line(words, told, tmp_path, monkeypatch
     assert len(said.strip().splitlines()) == 1 and sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("out, told", [("", "no name of its own"), ("a.pt", "no name of its own")])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_played(out, told, tmp_path,
+                                                                         monkeypatch, capsys):
+    backbone = make_backbone("mlp")
+    save(tmp_path, a=policy_for("full", backbone), b=policy_for("away", backbone))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sim_pusht, "play", None)
+    with pytest.raises(SystemExit) as stop:
+        swap.main(["a.pt", "b.pt", "--out", out])
+    assert stop.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_actions_that_are_no_numbers_are_one_line(tmp_path, capsys):
+    backbone = make_backbone("mlp")
+    torch.nn.init.constant_(backbone.output.weight, torch.nan)
+    files = save(tmp_path, a=policy_for("full", backbone), b=policy_for("away", backbone))
+    with pytest.raises(SystemExit) as stop:
+        swap.main([*map(str, files), "--scenes", "1", "--different-heads"])
+    assert stop.value.code == 2 and "the policy's actions are NaN" in capsys.readouterr().err
+
+
 # All runs ----------------------------------------------------------------------------------------
 
 def test_the_runs_are_two_tasks_with_one_head_and_their_controls():
