@@ -52,7 +52,7 @@ STAYS = "control: the conditioning stays"
 OTHER_SEED = "control: conditionings of another seed's head"
 RANDOM = "control: in a head of random weights, frozen"
 NORMAL = "control: in a normally trained backbone"
-MOVES = "one policy for three goals: the goal moves"
+MOVES = "one policy for several goals: the goal moves"
 
 
 # The pair ----------------------------------------------------------------------------------------
