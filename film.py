@@ -288,13 +288,14 @@ class StateEncoder(Encoder):
     observation step alone, for tokens; otherwise all To steps together.
     """
     observation = "state"
+    numbers = 5     # of an observation: agent x, y, block x, y, angle
     # 8 corners x 2 coordinates x 2 origins x 2 frames x 2 scales = 128 numbers a step
     seen = 8 * 2 * 2 * 2 * 2
 
     def __init__(self, obs_steps, corners, goal, width=384, depth=3, per_step=False):
         super().__init__()
         corners = [[float(x), float(y)] for x, y in corners]     # a file must not hold arrays
-        goal = [float(number) for number in goal]
+        goal = torch.tensor(goal, dtype=torch.float64).tolist()
         self.config = dict(observation=self.observation, obs_steps=obs_steps, corners=corners,
                            goal=goal, width=width, depth=depth)
         self.obs_steps = obs_steps
@@ -312,7 +313,7 @@ class StateEncoder(Encoder):
 
     def read(self, observations, device):
         """Observations as a tensor; ValueError if they are not (B, To, 5), or not finite."""
-        return checked(observations, "observations", (self.obs_steps, 5), device)
+        return checked(observations, "observations", (self.obs_steps, self.numbers), device)
 
     def agent_position(self, observations):
         """Where the agent is at present, in the last observation: (B, 2) px."""
@@ -321,14 +322,14 @@ class StateEncoder(Encoder):
     def features(self, observations):
         """observations (B, To, 5): agent x, y, block x, y (px), angle (rad) -> (B, To, 128)."""
         corners = place(self.corners, observations[..., 2:])            # (B, To, 8, 2)
-        return self.look(corners, observations[..., :2])
+        return self.look(corners, observations[..., :2], self.goal_corners)
 
-    def look(self, corners, agent):
-        """Corners (B, To, 8, 2) px seen from agent (B, To, 2) px and from the goal: (B, To, 128).
+    def look(self, corners, agent, goal_corners):
+        """Corners (B, To, 8, 2) seen from agent (B, To, 2) and from the goal's: (B, To, 128).
 
         The block's frame has its x axis along the block's longest edge, from corner 0 to corner 1.
         """
-        vectors = torch.cat([corners - agent[..., None, :], corners - self.goal_corners], dim=-2)
+        vectors = torch.cat([corners - agent[..., None, :], corners - goal_corners], dim=-2)
         x_axis = F.normalize(corners[..., 1:2, :] - corners[..., 0:1, :], dim=-1)  # (B, To, 1, 2)
         vectors = torch.cat([vectors, in_frame(x_axis, vectors)], dim=-2)
         scaled = torch.cat([vectors / COARSE, torch.tanh(vectors / FINE)], dim=-2)
@@ -338,6 +339,21 @@ class StateEncoder(Encoder):
         """observations (B, To, 5) -> (B, steps, size). steps: To with per_step, otherwise 1."""
         features = self.features(observations)
         return self.mlp(features.reshape(len(features), self.steps, -1))
+
+
+class GoalEncoder(StateEncoder):
+    """A StateEncoder for several goals: each observation says, behind the state, which one counts.
+
+    observations (B, To, 8): the state, then x and y (px) and angle (rad) of the goal. goal: a list
+    of the poses that the policy learns; a policy file holds them, but no output depends on them.
+    """
+    observation = "state-and-goal"
+    numbers = 8
+
+    def features(self, observations):
+        """observations (B, To, 8) -> (B, To, 128)."""
+        agent, block, goal = observations.split([2, 3, 3], dim=-1)
+        return self.look(place(self.corners, block), agent, place(self.corners, goal))
 
 
 def checked(values, name, shape, device, kind=torch.float32):
@@ -474,7 +490,7 @@ class PixelEncoder(StateEncoder):
     def features(self, perceived):
         """(B, To, 128). There is one picture, so the corners are the same in all To steps."""
         corners = perceived["located"][:, None].expand(-1, self.obs_steps, -1, -1)
-        return self.look(corners, perceived["agent_pos"])
+        return self.look(corners, perceived["agent_pos"], self.goal_corners)
 
     def auxiliary_loss(self, perceived):
         """corner_weight times how far the corners are from the true ones, in units of 20 px."""
@@ -484,8 +500,8 @@ class PixelEncoder(StateEncoder):
         return self.corner_weight * (distance / FINE)
 
 
-ENCODERS = {"state": StateEncoder, "pixels": PixelEncoder, "joints": JointEncoder,
-            "pose": PoseEncoder, "none": NoEncoder}
+ENCODERS = {"state": StateEncoder, "state-and-goal": GoalEncoder, "pixels": PixelEncoder,
+            "joints": JointEncoder, "pose": PoseEncoder, "none": NoEncoder}
 
 
 # The lesson ---------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ MIDDLE, FREE = 255.5, 248.5  # the walls are at MIDDLE +- FREE; they stop the bl
 AGENT_RADIUS = 15.0
 GOAL = np.array([256.0, 256.0, np.pi / 4])
 AWAY = np.array([256.0, 460.0, np.pi])  # a goal 204 px and 135 degrees from GOAL, near a wall
+CORNER = np.array([90.0, 90.0, -np.pi / 4])  # in a corner of the board, 235 px and 90 degrees away
 STEM = [[-15.0, 30.0], [15.0, 120.0]]  # the block's two boxes: lowest and highest x, y
 BAR = [[-60.0, 0.0], [60.0, 30.0]]
 BLOCK_AREA = 6300.0  # px^2
@@ -317,7 +318,8 @@ def start_near(rng, goal):
 
 
 # A task is a function that draws the starts, and a goal.
-TASKS = {"full": (start_full, GOAL), "near": (start_near, GOAL), "away": (start_full, AWAY)}
+TASKS = {"full": (start_full, GOAL), "near": (start_near, GOAL), "away": (start_full, AWAY),
+         "corner": (start_full, CORNER)}
 OBSERVATIONS = "state", "pixels"
 
 
@@ -325,8 +327,12 @@ def observe(states, observation, goal=GOAL):
     """What a policy sees of the last states (B, To, 5), the newest last.
 
     "state": these states. "pixels": a dict of the newest picture, pixels (B, 96, 96, 3) uint8, and
-    the agent's last positions, agent_pos (B, To, 2) px.
+    the agent's last positions, agent_pos (B, To, 2) px. "state-and-goal": the states with the
+    goal's pose behind each, (B, To, 8), for a policy that knows several goals.
     """
+    if observation == "state-and-goal":
+        goals = np.broadcast_to(goal, (*states.shape[:-1], 3))
+        return np.concatenate([states, goals], -1)
     if observation == "pixels":
         return {"pixels": draw_states(states[:, -1], goal=goal), "agent_pos": states[..., :2]}
     return states

@@ -170,9 +170,11 @@ def load_backbone(path, asked):
 
 
 def conditioning_on_observations(backbone, config):
-    """A fresh pathway for what a policy of this task observes."""
-    _, goal = sim_pusht.TASKS[config.task]
-    settings = dict(obs_steps=OBS_STEPS, corners=sim_pusht.KEYPOINTS.tolist(), goal=goal.tolist())
+    """A fresh pathway for what a policy of this task, or of these tasks, observes."""
+    goals = [sim_pusht.TASKS[task][1].tolist() for task in config.task.split(",")]
+    settings = dict(obs_steps=OBS_STEPS, corners=sim_pusht.KEYPOINTS.tolist(), goal=goals[0])
+    if len(goals) > 1:
+        return make_conditioning(backbone, "state-and-goal", **settings | {"goal": goals})
     if config.observation == "pixels":
         settings["corner_weight"] = config.corner_weight
     return make_conditioning(backbone, config.observation, **settings)
@@ -296,15 +298,29 @@ def windows(demonstrations, first, length, device):
 
 
 def get_demonstrations(config):
+    """The demonstrations of the task; of several, all of them, the goal in each state (N,8)."""
+    if config.task in sim_pusht.TASKS:
+        return demonstrations_of(config.task, config)
+    parts, frames = [], 0
+    for task in config.task.split(","):
+        part, (_, goal) = demonstrations_of(task, config), sim_pusht.TASKS[task]
+        part["state"] = sim_pusht.observe(part["state"], "state-and-goal", goal)
+        part["episode_ends"] += frames     # those of the tasks before
+        frames = part["episode_ends"][-1]
+        parts.append(part)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def demonstrations_of(task, config):
     """The file of --demos, or the scripted expert's demonstrations, made once and kept in runs/."""
     path = config.demos
     if path is None:
         # The name holds a fingerprint of the simulator, so a changed one makes new demonstrations.
         fingerprint = hashlib.sha1(Path(sim_pusht.__file__).read_bytes()).hexdigest()[:8]
-        path = Path(f"runs/demonstrations/{config.task}-{config.num_demos}-{fingerprint}.npz")
+        path = Path(f"runs/demonstrations/{task}-{config.num_demos}-{fingerprint}.npz")
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            demonstrations = sim_pusht.expert_demonstrations(config.num_demos, config.task, seed=0)
+            demonstrations = sim_pusht.expert_demonstrations(config.num_demos, task, seed=0)
             with whole(path) as unfinished:
                 np.savez_compressed(unfinished, **demonstrations)
     demonstrations = sim_pusht.load_demonstrations(path)
@@ -312,7 +328,7 @@ def get_demonstrations(config):
     if config.num_demos and len(ends) < config.num_demos:
         raise ValueError(f"--num-demos {config.num_demos}, but {path} holds {len(ends)}")
     demonstrations["episode_ends"] = ends     # frames beyond the last are not used
-    _, goal = sim_pusht.TASKS[config.task]
+    _, goal = sim_pusht.TASKS[task]
     return sim_pusht.mirror(demonstrations, goal) if config.mirror else demonstrations
 
 
@@ -331,9 +347,15 @@ def evaluate(policy, task, episodes, max_steps=300):
     return sim_pusht.play(env, act, policy.obs_steps)
 
 
-def scores(result):
-    """Score and success rate with standard errors; the definitions are the benchmark's."""
-    coverage = result["max_coverage"]
+def evaluate_all(policy, tasks, episodes):
+    """`evaluate` on each of the tasks, such as "full,away": a dict of task -> its result."""
+    return {task: evaluate(policy, task, episodes) for task in tasks.split(",")}
+
+
+def scores(*results):
+    """Score and success rate of all scenes, with standard errors, as the benchmark defines them."""
+    coverage, final = (np.concatenate([result[name] for result in results])
+                       for name in ("max_coverage", "final_coverage"))
     score = np.clip(coverage / 0.95, 0, 1)
     success = coverage > 0.95
     root = len(coverage) ** 0.5
@@ -341,22 +363,26 @@ def scores(result):
                 score=float(score.mean()), score_se=float(score.std() / root),
                 success_rate=float(success.mean()), success_se=float(success.std() / root),
                 max_coverage=float(coverage.mean()),
-                final_coverage=float(result["final_coverage"].mean()))
+                final_coverage=float(final.mean()))
 
 
-def scores_of(policy, task, result):
-    """The entries of summary.json that every evaluation has."""
-    return dict(task=task, **scores(result), executed_actions=policy.executed_actions,
-                device=policy.action_scale.device.type, threads=torch.get_num_threads(),
-                torch=torch.__version__, commit=code_version())
+def scores_of(policy, results):
+    """The entries of summary.json that every evaluation has; results: see `evaluate_all`."""
+    found = dict(task=",".join(results), **scores(*results.values()),
+                 executed_actions=policy.executed_actions,
+                 device=policy.action_scale.device.type, threads=torch.get_num_threads(),
+                 torch=torch.__version__, commit=code_version())
+    if len(results) > 1:
+        found["tasks"] = [dict(task=task, **scores(result)) for task, result in results.items()]
+    return found
 
 
-def summarise(policy, result, config, run):
+def summarise(policy, results, config, run):
     """What summary.json says about a run: how good the policy is, and what it cost."""
     frozen = sum(weight.numel() for weight in policy.parameters() if not weight.requires_grad)
     updates = dict(stage1=config.stage1_steps, stage2=config.steps)
     return dict(
-        command=config.command, seed=config.seed, **scores_of(policy, config.task, result),
+        command=config.command, seed=config.seed, **scores_of(policy, results),
         backbone=config.backbone, conditioning=config.conditioning, recipe=config.recipe,
         scale=config.scale, precision=config.precision,
         parameters=dict(backbone=count(policy.backbone), conditioning=count(policy.conditioning),
@@ -371,12 +397,14 @@ def save_summary(summary, folder):
         unfinished.write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
 
-def draw_rollouts(result, task, folder):
-    """rollouts.png and rollout.gif, of the first eight scenes."""
-    _, goal = sim_pusht.TASKS[task]
-    picture, animation = folder / "rollouts.png", folder / "rollout.gif"
-    with whole(picture) as still, whole(animation) as moving:
-        sim_pusht.draw_rollouts(result["states"], result["length"], still, moving, goal)
+def draw_rollouts(results, folder):
+    """rollouts.png, rollout.gif: the first eight scenes; of further tasks rollouts-TASK.png."""
+    for number, (task, result) in enumerate(results.items()):
+        _, goal = sim_pusht.TASKS[task]
+        which = f"-{task}" if number else ""
+        picture, animation = folder / f"rollouts{which}.png", folder / f"rollout{which}.gif"
+        with whole(picture) as still, whole(animation) as moving:
+            sim_pusht.draw_rollouts(result["states"], result["length"], still, moving, goal)
 
 
 def report(summary, folder):
@@ -385,6 +413,9 @@ def report(summary, folder):
           f"0.95, at most 1 ({summary['episodes']} unseen scenes, task {summary['task']})\n"
           f"success  {summary['success_rate']:.3f} +- {summary['success_se']:.3f}  coverage > 0.95 "
           f"within 300 steps, {summary['executed_actions']} actions executed of each chunk")
+    for its in summary.get("tasks", []):     # where there are several
+        print(f"  {its['task']}: score {its['score']:.3f}, success {its['success_rate']:.3f} +- "
+              f"{its['success_se']:.3f} ({its['episodes']} scenes)")
     for key in [key for key, value in summary.items() if isinstance(value, dict)]:
         print(key, *(f"{name} {number:,.0f}" for name, number in summary[key].items()), sep="  ")
     print(f"see      summary.json, rollouts.png and rollout.gif in {folder}")
@@ -434,9 +465,10 @@ class Config:
                          "default: normal",
         "pretrained": "--pretrained: a control, as --decoupled, but freeze nothing; "
                       "default: normal"})
-    task: str = flag("full", "the benchmark; the quick lesson near, where the block is within 60 "
-                     "px and 0.75 rad of the goal; or another goal, far away; default full",
-                     choices=sim_pusht.TASKS)
+    task: str = flag("full", "full, the benchmark; near, the quick lesson, where the block is "
+                     "within 60 px and 0.75 rad of the goal; away or corner, other goals; or "
+                     "several for one policy, such as full,away,corner; default full",
+                     metavar="TASK")
     observation: str = flag("state", "the block's pose as numbers, or a picture; default state",
                             choices=sim_pusht.OBSERVATIONS)
     seed: int = flag(0, "of initialisation and batches; default 0", low=0, high=2 ** 32 - 1)
@@ -459,8 +491,8 @@ class Config:
                       high=10_000)
     demos: Path = flag(None, "demonstrations from an .npz (state, action, episode_ends); default: "
                        "the scripted expert's", metavar="FILE")
-    num_demos: int = flag(None, "how many demonstrations; default 2000, near 1500, of a file all",
-                          metavar="N", low=1, high=100_000)
+    num_demos: int = flag(None, "how many demonstrations of each task; default 2000, near 1500, "
+                          "of a file all", metavar="N", low=1, high=100_000)
     stage1_steps: int = flag(None, "updates in stage 1; default 1500, paper 45000", metavar="N",
                              low=1, high=10 ** 9)
     steps: int = flag(None, "updates in stage 2, or in normal training; default 12000, near 5000, "
@@ -476,7 +508,8 @@ class Config:
                           choices=["auto", "fp32", "bf16"])
     device: str = flag("auto", "default auto: cuda if any", choices=["auto", "cpu", "cuda"])
 
-    episodes: int = flag(None, "evaluation scenes; default 200", metavar="N", low=1, high=10_000)
+    episodes: int = flag(None, "evaluation scenes of each task; default 200", metavar="N",
+                         low=1, high=10_000)
     executed_actions: int = flag(8, "how many actions of each chunk of 16 are carried out; "
                                  "default 8", metavar="N", low=1, high=HORIZON - OBS_STEPS + 1)
     out: Path = flag(None, "the run's folder; default runs/<what distinguishes it>",
@@ -551,6 +584,18 @@ def settings(config):
 
 def check(config):
     """Raise ValueError, in one line, for a value that is not allowed or means nothing."""
+    tasks = config.task.split(",")
+    for task in tasks:
+        if task not in sim_pusht.TASKS:
+            raise ValueError(f"--task {task!r} is unknown; allowed: {', '.join(sim_pusht.TASKS)}, "
+                             "or several with commas between")
+    if len({tuple(sim_pusht.TASKS[task][1]) for task in tasks}) < len(tasks):
+        raise ValueError(f"--task {config.task} names one goal twice (near has that of full)")
+    if len(tasks) > 1 and config.demos:
+        raise ValueError(f"--demos holds one task; --task {config.task} are {len(tasks)}")
+    if len(tasks) > 1 and config.observation == "pixels":
+        raise ValueError(f"--observation pixels with --task {config.task}: a PixelEncoder would "
+                         "have to find the goal in the picture as well; it finds only the block")
     for field in dataclasses.fields(config):
         value, about = getattr(config, field.name), field.metadata
         name = f"--{field.name.replace('_', '-')}" + f" {value}" * (value is not True)
@@ -745,12 +790,12 @@ class Run:
         return loss
 
     def success_on_the_way(self):
-        """Of the average policy, in 50 of the scenes. It is shown, and nothing is selected by it
-        (the paper reports the best of 50 checkpoints)."""
+        """Of the average policy, in 50 scenes of each task. It is shown, and nothing is selected
+        by it (the paper reports the best of 50 checkpoints)."""
         policy = self.parts["average"].module.eval()
         with timed(self.seconds, "evaluation"):
-            result = evaluate(policy, self.config.task, min(50, self.config.episodes))
-        return scores(result)["success_rate"]
+            results = evaluate_all(policy, self.config.task, min(50, self.config.episodes))
+        return scores(*results.values())["success_rate"]
 
     def log(self, done, *values):
         """A row of metrics.csv, which is written anew: an interrupted run's may be ahead of it."""
@@ -851,14 +896,14 @@ def experiment(config, run=None, demonstrations=None):
     policy.save(run.folder / "policy.pt")
 
     with timed(run.seconds, "evaluation"):
-        result = evaluate(policy, config.task, config.episodes)
-    summary = summarise(policy, result, config, run)
+        results = evaluate_all(policy, config.task, config.episodes)
+    summary = summarise(policy, results, config, run)
     save_summary(summary, run.folder)     # before anything is drawn, which may fail
     report(summary, run.folder)
     print("next     python -m results.evaluate", shlex.quote(str(run.folder / "policy.pt")),
           "--executed-actions 4")
     with timed(run.seconds, "figures"):
-        draw_rollouts(result, config.task, run.folder)
+        draw_rollouts(results, run.folder)
         run.rows[-1][-1] = summary["success_rate"]
         draw_curves(run.rows, run.folder / "curves.png")
     summary["seconds"] = dict(run.seconds, total=sum(run.seconds.values()))

@@ -11,6 +11,7 @@ ones are skipped. Collecting writes results/<preset>.json, .md and .png, and the
 preset's markers in results/README.md. What is in the .json and not in runs/ stays in there.
 """
 import argparse
+import itertools
 import os
 import shlex
 import signal
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from results.report import publish, read, read_run
+from results.report import average, publish, read, read_run
 
 HERE = Path(__file__).parent
 INTERRUPTED = "compare: interrupted; the same command goes on"
@@ -34,16 +35,15 @@ RECIPES = {
     "unfrozen after stage 1": "--pretrained",
     "decoupled, biases kept": "--decoupled --keep-biases",
 }
-# An update of DP-MLP predicts 128 x 2 x 4 noises (observations x draws x horizon steps), one of the
-# others 128 x 1 x 16: with half the updates, all heads learn from as many, in about the same time.
+# All heads make as many updates, and predict as many noises in each: DP-MLP 128 x 4 x 4
+# (observations x draws x horizon steps), the others 128 x 1 x 16.
 HEADS = {
     "MLP": "--backbone mlp",
-    "UNET": "--backbone unet --stage1-steps 1250 --steps 4000",
-    "DPT": "--backbone transformer --stage1-steps 1250 --steps 4000 --conditioning",
-    "LONG": "--backbone transformer --stage1-steps 2500 --steps 8000 --conditioning",
+    "UNET": "--backbone unet",
+    "DPT": "--backbone transformer --conditioning",
 }
-# What the rows of `sharing` take from other rows' runs, of the same seed, and from elsewhere. (The
-# run of `full` with the head of free arm motion is that of `main`: its stage 1 is near's, bit for bit.)
+# What rows take from other rows' runs, of the same seed, and from elsewhere. (Stage 1 on free arm
+# motion knows no task: of one seed, it makes the same head in near, full and away, bit for bit.)
 HEAD_OF_RUN = "--decoupled --action-head runs/compare/{}-seed{{seed}}/action_head.pt"
 FILES = {
     "ARM": HEAD_OF_RUN.format("near-mlp-decoupled"),
@@ -60,6 +60,7 @@ class Preset:
 
     paper: success in % on MimicGen, in the first version / in the second; x: no such run. Flags
     "history": shown as once collected, but not run again, for the flags are gone from train.py.
+    Flags that end in APART: a run for each of the tasks, which together are one row.
     """
     question: str
     rows: str
@@ -98,7 +99,7 @@ PRESETS = {
         adaln-zero                                | DPT adaln-zero      | 64.0 | 64.5 | -
         cross-attention                           | DPT cross-attention | 61.3 | 19.8 | -
         prefix                                    | DPT prefix          | 56.3 | 19.5 | -
-        prefix, twice the updates                 | LONG prefix         | -    | -    | x
+        prefix, twice the updates                 | DPT prefix --steps 10000 | -    | -    | x
         cross-attention, two tokens in stage 1    | history             | x    | -    | x
         cross-attention, keys and values trained  | history             | x    | -    | x
         film on DP-MLP                            | MLP                 | -    | -    | -
@@ -127,12 +128,10 @@ PRESETS = {
         100 demonstrations, decoupled  | MLP --num-demos 100 --decoupled                | -
         """),
     "size": Preset("How small can it get?", """
-        width 8, 4 blocks              | MLP --decoupled --width 8                      | -
-        width 32, 4 blocks             | MLP --decoupled --width 32                     | -
-        width 64, 4 blocks             | MLP --decoupled --width 64                     | -
-        width 128, 1 block             | history                                        | -
-        width 128, 2 blocks            | history                                        | -
-        width 128, 4 blocks            | MLP --decoupled                                | -
+        width 8                        | MLP --decoupled --width 8                      | -
+        width 32                       | MLP --decoupled --width 32                     | -
+        width 64                       | MLP --decoupled --width 64                     | -
+        width 128                      | MLP --decoupled                                | -
         """),
     "sharing": Preset("Does one head serve all tasks?", """
         near, normal                   | --task near MLP                                | -
@@ -145,11 +144,11 @@ PRESETS = {
         full, head of near's paths     | --task full MLP NEAR                           | -
         full, head of full's paths     | --task full MLP --decoupled --pretrain-data demonstrations | -
         full, random head              | --task full MLP --random-backbone              | -
-        away, normal                   | --task away --steps 10000 MLP                                | -
-        away, head of free arm motion  | --task away --steps 10000 MLP ARM                            | -
-        away, head of near's paths     | --task away --steps 10000 MLP NEAR                           | -
-        away, head of full's paths     | --task away --steps 10000 MLP FULL                           | -
-        away, random head              | --task away --steps 10000 MLP --random-backbone              | -
+        away, normal                   | --task away MLP                                | -
+        away, head of free arm motion  | --task away MLP --decoupled                                  | -
+        away, head of near's paths     | --task away MLP NEAR                           | -
+        away, head of full's paths     | --task away MLP FULL                           | -
+        away, random head              | --task away MLP --random-backbone              | -
         human, normal                  | --task full MLP HUMAN                          | -
         human, head of free arm motion | --task full MLP HUMAN ARM                      | -
         human, head of near's paths    | --task full MLP HUMAN NEAR                     | -
@@ -169,6 +168,12 @@ PRESETS = {
         full, pixels normal                   | --task full MLP PIXELS                        | -
         full, pixels decoupled                | --task full MLP PIXELS ARM                    | -
         """, task=""),
+    "goals": Preset("One policy for three goals?", """
+        one policy, 12,000 updates          | MLP                    | 61.3 | 63.1 | -
+        three policies, 4,000 updates each  | MLP --steps 4000 APART | -    | -    | -
+        one policy, 36,000 updates          | MLP --steps 36000      | 61.3 | 63.1 | -
+        three policies, 12,000 updates each | MLP APART              | -    | -    | -
+        """, ("normal", "decoupled", "random frozen"), task="full,away,corner", seeds=3),
     "observation": Preset("What must it see?", """
         relative corners, two scales        | history                                   | -
         gym-pusht's keypoints               | history                                   | -
@@ -185,7 +190,11 @@ def runs(preset, seeds):
         words = f"--task {preset.task} {flags}" if preset.task else flags
         for word, meaning in (HEADS | FILES).items():
             words = words.replace(word, meaning)
-        for seed in range(seeds):
+        variants = [words]
+        if "APART" in words:     # the task is the word behind --task
+            together, words = words.split()[1], words.replace(" APART", "")
+            variants = [words.replace(together, task) for task in together.split(",")]
+        for seed, words in itertools.product(range(seeds), variants):
             command = ["train.py", *words.format(seed=seed).split(), "--seed", str(seed)]
             names = [Path(word).parent.name if "/" in word else word.removeprefix("--")
                      for word in command[1:-2]]
@@ -214,10 +223,16 @@ def collect(preset, file):
     cells = {}
     if file.exists():
         cells = {(cell["cell"], cell["seed"]): cell for cell in read(file)["cells"]}
+    folders = {}
     for label, seed, folder, _ in runs(preset, seeds=100):     # more than anyone has run
-        if (folder / "summary.json").exists():
+        folders.setdefault((label, seed), []).append(folder)
+    for (label, seed), its in folders.items():     # one run, or one for each task
+        if all((folder / "summary.json").exists() for folder in its):
             try:
-                cells[label, seed] = {"cell": label} | read_run(folder)
+                found = []
+                for folder in its:
+                    found.append(read_run(folder))
+                cells[label, seed] = {"cell": label} | average(found)
             except (OSError, ValueError, LookupError, TypeError) as error:     # damaged, or empty
                 print(f"compare: {folder} is left out, a file in it is damaged ({error!r:.80}); "
                       "move the folder away, and the run is made anew", file=sys.stderr)
@@ -285,7 +300,7 @@ def main():
     parser.error = lambda message: parser.exit(2, f"compare: {message} (--help tells more)\n")
     flag = parser.add_argument
     flag("preset", nargs="?", choices=PRESETS)
-    flag("--seeds", type=int, help="default 3 for main, recipes, human, 2 for the others")
+    flag("--seeds", type=int, help="default 3 for main, recipes, human, goals, 2 for the others")
     flag("--out", type=Path, default=HERE, help="where table and figure go; default results/")
     flag("--list", action="store_true", help="print the missing runs' commands")
     flag("--collect", action="store_true", help="run nothing")

@@ -33,10 +33,10 @@ def make_parser():
     parser.error = lambda message: parser.exit(2, f"evaluate: {message} (--help tells more)\n")
     flag = parser.add_argument
     flag("policy", type=Path, metavar="POLICY", help="a policy.pt of train.py")
-    flag("--task", choices=sim_pusht.TASKS, help="which scenes, and which goal; default: the first "
-         "task that has the policy's goal")
+    flag("--task", metavar="TASK", help="which scenes, and which goal; several with commas "
+         "between; default: for each goal of the policy the first task that has it")
     flag("--episodes", type=bounded(1, 10_000), default=200, metavar="N",
-         help="how many scenes; default 200")
+         help="how many scenes of each task; default 200")
     flag("--executed-actions", type=bounded(1, train.HORIZON - train.OBS_STEPS + 1), metavar="N",
          help="how many actions of each chunk are carried out; default: as trained")
     flag("--device", choices=["cpu", "cuda"], help="default: cuda if any")
@@ -44,20 +44,31 @@ def make_parser():
     return parser
 
 
-def task_of(policy, asked):
-    """The task to be played. Raises ValueError if the policy pursues another goal than `asked`, or
-    none, as that of stage 1."""
+def goals_of(policy):
+    """The poses that the policy has learned to reach, a list. ValueError for one of stage 1."""
     encoder = policy.conditioning.encoder.config
     if "goal" not in encoder:
         raise ValueError(f"the policy observes {encoder['observation']}, not the scenes of a task")
-    goal = encoder["goal"]
-    tasks = [name for name, (_, its_goal) in sim_pusht.TASKS.items() if its_goal.tolist() == goal]
-    if asked or not tasks:
-        if asked not in tasks:
-            raise ValueError(f"the policy pursues the goal {goal}, which tasks "
-                             f"{', '.join(tasks) or '(none)'} have; --task is {asked}")
-        return asked
-    return tasks[0]
+    return encoder["goal"] if encoder["observation"] == "state-and-goal" else [encoder["goal"]]
+
+
+def tasks_of(policy, asked=None):
+    """The tasks to be played, with commas between: those `asked` for, or one for each goal.
+
+    Raises ValueError if the policy does not know the goal of a task, or if a task is asked twice.
+    """
+    goals = goals_of(policy)
+    tasks = {name: goal.tolist() for name, (_, goal) in sim_pusht.TASKS.items()
+             if goal.tolist() in goals}
+    first = {str(goal): name for name, goal in reversed(tasks.items())}     # of each goal
+    chosen = asked.split(",") if asked is not None else [first.get(str(goal)) for goal in goals]
+    if not set(chosen) <= set(tasks):
+        listed = goals[0] if len(goals) == 1 else goals
+        raise ValueError(f"the policy pursues the goal {listed}, which tasks "
+                         f"{', '.join(tasks) or '(none)'} have; --task is {asked}")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"--task {asked} names a task twice")
+    return ",".join(chosen)
 
 
 def main(arguments=None):
@@ -71,9 +82,9 @@ def main(arguments=None):
         parser.error(f"--out {options.out} is no name of its own for a folder")
     try:
         policy = DiffusionPolicy.load(options.policy, device)
-        task = task_of(policy, options.task)
+        tasks = tasks_of(policy, options.task)
         policy.executed_actions = options.executed_actions or policy.executed_actions
-        name = f"{options.policy.stem}-{task}-executing-{policy.executed_actions}"
+        name = f"{options.policy.stem}-{tasks}-executing-{policy.executed_actions}"
         folder = options.out or options.policy.with_name(name)
         folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -81,11 +92,11 @@ def main(arguments=None):
     given = sys.argv[1:] if arguments is None else arguments
     try:
         summary = dict(command=shlex.join(["python", "-m", "results.evaluate", *map(str, given)]))
-        result = train.evaluate(policy, task, options.episodes)
-        summary |= train.scores_of(policy, task, result)
+        results = train.evaluate_all(policy, tasks, options.episodes)
+        summary |= train.scores_of(policy, results)
         train.save_summary(summary, folder)     # before anything is drawn, which may fail
         train.report(summary, folder)
-        train.draw_rollouts(result, task, folder)
+        train.draw_rollouts(results, folder)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; nothing was changed but the folder with the results")
     except Exception as error:

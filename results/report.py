@@ -15,6 +15,9 @@ HERE = Path(__file__).parent
 KIND = ("backbone", "conditioning", "recipe", "task", "scale", "width", "pretrain_condition",
         "pretrain_data", "demos", "num_demos", "stage1_steps", "steps", "learning_rate", "episodes",
         "executed_actions")
+# What summary.json says about each of several tasks.
+TASK = ("task", "episodes", "score", "score_se", "success_rate", "success_se", "max_coverage",
+        "final_coverage")
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -59,6 +62,41 @@ def read_curve(folder, points=25):
     return curve
 
 
+def average(runs):
+    """One cell of the runs of one row and seed. Of several runs, each for a task, it is their mean.
+
+    All tasks count alike. Parameters, seconds and updates of the curve are those of all runs
+    together.
+    """
+    if len(runs) == 1:
+        return runs[0]
+    cell = dict(runs[0])
+    for key in ("score", "success_rate", "max_coverage", "final_coverage"):
+        cell[key] = float(np.mean([run[key] for run in runs]))
+    for key in ("score_se", "success_se"):
+        cell[key] = float(np.linalg.norm([run[key] for run in runs]) / len(runs))
+    for key in ("parameters", "seconds"):
+        cell[key] = {name: sum(run[key][name] for run in runs) for name in runs[0][key]}
+    cell["task"] = ",".join(run["task"] for run in runs)
+    cell["tasks"] = [{key: run[key] for key in TASK} for run in runs]
+    cell["episodes"] = sum(run["episodes"] for run in runs)
+    cell["command"] = " && ".join(run["command"] for run in runs)
+    cell["runs"] = len(runs)
+    # "+": no run has such a task, so `compare --check` takes none for one of this kind.
+    cell["settings"] = runs[0]["settings"] | {"task": cell["task"].replace(",", "+")}
+    cell["curve"] = {stage: [average_row(rows) for rows in zip(*(run["curve"][stage]
+                                                                 for run in runs))]
+                     for stage in runs[0]["curve"]}
+    return cell
+
+
+def average_row(rows):
+    """One row of a learning curve: updates and seconds of all runs, their mean loss and success."""
+    steps, seconds, losses, successes = zip(*rows)
+    success = None if None in successes else float(np.mean(successes))
+    return [sum(steps), round(sum(seconds), 2), round(float(np.mean(losses)), 5), success]
+
+
 # Table -------------------------------------------------------------------------------------------
 
 def groups(cells):
@@ -87,6 +125,9 @@ def table(preset, cells):
     paper = {label: figure for label, _, figure in preset.table()}
     columns = ["", "success, mean ± s.e.", "each seed", "score, mean ± s.e.",
                "trained / frozen parameters", "paper, other tasks"]
+    tasks = [each["task"] for each in cells[0].get("tasks", [])]     # where there are several
+    if tasks:
+        columns.insert(2, f"success: {' / '.join(tasks)}")
     rows = [columns, ["---"] * len(columns)]
     for label, group in groups(cells).items():
         success = "{:.3f} ± {:.3f}".format(*spread(group, "success_rate"))
@@ -94,7 +135,12 @@ def table(preset, cells):
         seeds = [f"{cell['success_rate']:.3f}" for cell in group]
         parameters = group[0]["parameters"]
         sizes = [f"{parameters[part] / 1e6:.3g}M" for part in ("trained", "frozen")]
-        rows.append([label, success, " ".join(seeds), score, " / ".join(sizes), paper[label]])
+        row = [label, success, " ".join(seeds), score, " / ".join(sizes), paper[label]]
+        if tasks:
+            rates = [[each["success_rate"] for each in cell["tasks"]] for cell in group]
+            of_each = np.mean(rates, axis=0)
+            row.insert(2, " / ".join(f"{rate:.3f}" for rate in of_each))
+        rows.append(row)
     if set(paper.values()) == {"-"}:
         rows = [row[:-1] for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
@@ -106,8 +152,10 @@ def footnote(cells):
     precision = sorted({cell.get("precision", "fp32") for cell in cells})
     seconds = sum(cell["seconds"]["total"] * cell["threads"] for cell in cells)
     commits = sorted({cell["commit"] for cell in cells})
-    return (f"{len(cells)} runs in {' and '.join(precision)}, {seconds / 3600:.1f} core-hours, "
-            f"{cells[0]['episodes']} scenes each. Commits: {', '.join(commits)}.")
+    scenes = cells[0].get("tasks", cells)[0]["episodes"]     # of several tasks: of each
+    number = sum(cell.get("runs", 1) for cell in cells)
+    return (f"{number} runs in {' and '.join(precision)}, {seconds / 3600:.1f} core-hours, "
+            f"{scenes} scenes each. Commits: {', '.join(commits)}.")
 
 
 def split_at_markers(text, name):

@@ -122,7 +122,7 @@ def measure_parts(demonstrations, updates):
         parts["play", scenes] = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
         rows = [["stage2", 100 * i, i, 0.1, 0.001, 0.5] for i in range(1, 181)]
-        parts["figures"] = seconds_of(train.draw_rollouts, result, "full", Path(folder))
+        parts["figures"] = seconds_of(train.draw_rollouts, {"full": result}, Path(folder))
         parts["figures"] += seconds_of(train.draw_curves, rows, Path(folder) / "curves.png")
     return parts
 

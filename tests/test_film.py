@@ -208,7 +208,7 @@ def test_every_noise_draw_has_its_own_timestep():
 
 
 def test_unknown_names_are_refused_with_what_is_allowed():
-    with pytest.raises(ValueError, match="'smell'.*state, pixels, joints, pose, none"):
+    with pytest.raises(ValueError, match="'smell'.*state, state-and-goal, pixels, joints, pose, none"):
         film.make_conditioning(make_backbone("mlp"), "smell")
 
 

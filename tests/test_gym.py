@@ -32,7 +32,8 @@ def play_in_gym(policy, episodes, max_steps=300):
                     "agent_pos": np.stack([[one["agent_pos"] for one in pair]
                                            for pair in zip(before, now)])}
         else:
-            past = np.stack([before, now], axis=1)
+            past = sim_pusht.observe(np.stack([before, now], axis=1),
+                                     policy.conditioning.encoder.observation)
         chunk = policy.act(past, generator).numpy()
         for targets in chunk.swapaxes(0, 1)[:max_steps + 1 - len(seen)]:
             steps = [env.step(target) for env, target in zip(envs, targets)]

@@ -384,7 +384,7 @@ def test_help_states_the_defaults_that_the_settings_hold(capsys):
     assert (full.num_demos, near.num_demos) == (paper.num_demos, near_paper.num_demos)
     assert f"default {full.num_demos}, near {near.num_demos}, of a file all" in told
     assert file.num_demos is None
-    assert f"evaluation scenes; default {full.episodes}" in told
+    assert f"evaluation scenes of each task; default {full.episodes}" in told
     mlp, transformer, large = (make_backbone(name, scale).config["width"] for name, scale in (
         ("mlp", "laptop"), ("transformer", "laptop"), ("mlp", "paper")))
     assert f"default {mlp} and {transformer}, paper {large}" in told
@@ -619,7 +619,7 @@ def test_a_notebook_makes_its_own_configuration(demos, tmp_path, capsys):
     expected = run_main(*tiny(demos, tmp_path / "line", "--decoupled"))
     assert summary["max_coverage"] == expected["max_coverage"]
     assert rows_of(tmp_path / "notebook") == rows_of(tmp_path / "line")
-    for bad, told in ((dict(task="moon"), "--task moon is unknown; allowed: full, near"),
+    for bad, told in ((dict(task="moon"), "--task 'moon' is unknown; allowed: full, near"),
                       (dict(steps=0), "--steps 0 is out of range; allowed: 1 to"),
                       (dict(recipe="thawed"), "unknown; allowed: normal, decoupled"),
                       (dict(keep_biases=True), "means nothing without --decoupled")):
