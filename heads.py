@@ -97,12 +97,17 @@ class MLP(Backbone):
         """steps (B,S) int64: which horizon steps the S actions of each sample are. None: all T."""
         weight, bias = self.input_weight, self.input_bias
         if steps is not None:
-            weight, bias = weight[steps], bias[steps]                # (B,S,A,D), (B,S,D)
+            weight, bias = rows(weight, steps), rows(bias, steps)    # (B,S,A,D), (B,S,D)
         # hidden_t = action_t W_t + b_t
         hidden = (noisy_actions.unsqueeze(-1) * weight).sum(-2) + bias
         for block, modulation in zip(self.blocks, modulations):
             hidden = block(hidden, modulation)
         return self.output(self.norm(hidden))
+
+
+def rows(table, numbers):
+    """table[numbers]. But two threads add up the gradient of the brackets in no fixed order."""
+    return table.index_select(0, numbers.flatten()).unflatten(0, numbers.shape)
 
 
 class MLPBlock(nn.Module):

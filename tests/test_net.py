@@ -663,6 +663,36 @@ def test_num_demos_takes_the_first_episodes_of_a_file(tmp_path):
     assert (states[:, 1, None] == first).all(-1).any(-1).all()     # the present, of each sample
 
 
+@pytest.fixture
+def two_threads():
+    """For the time of a test: the others run with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("observation", ["state", "pixels"])
+@pytest.mark.parametrize("backbone", ["mlp", "unet", "transformer"])
+def test_two_threads_compute_the_same_gradients_each_time(backbone, observation, two_threads):
+    """Sums in no fixed order: the same command with the same seed gives other numbers each time."""
+    config = train.settings(train.Config(backbone=backbone, observation=observation))
+    torch.manual_seed(0)
+    backbone = train.new_backbone(config)
+    policy = train.make_policy(train.conditioning_on_observations(backbone, config), backbone,
+                               config)
+    states = observe(32)
+    seen = {"state": states, "pixels": dict(sim_pusht.observe(states.numpy(), "pixels"),
+                                            corners=torch.zeros(32, 8, 2))}[observation]
+    found = []
+    for _ in range(8):
+        torch.manual_seed(1)
+        loss = policy.loss(seen, plan(states))
+        found.append(torch.autograd.grad(loss, list(policy.parameters()), allow_unused=True))
+    for gradients in found:
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(gradients, found[0]))
+
+
 # The command line --------------------------------------------------------------------------------
 
 def test_the_seed_decides_over_everything_that_follows(monkeypatch):
