@@ -682,8 +682,10 @@ def test_two_threads_compute_the_same_gradients_each_time(backbone, observation,
     policy = train.make_policy(train.conditioning_on_observations(backbone, config), backbone,
                                config)
     states = observe(32)
-    seen = {"state": states, "pixels": dict(sim_pusht.observe(states.numpy(), "pixels"),
-                                            corners=torch.zeros(32, 8, 2))}[observation]
+    seen = states
+    if observation == "pixels":
+        seen = sim_pusht.observe(states.numpy(), "pixels") | {"corners": np.zeros((32, 8, 2))}
+        seen = {name: torch.as_tensor(values) for name, values in seen.items()}
     found = []
     for _ in range(8):
         torch.manual_seed(1)
