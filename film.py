@@ -294,8 +294,8 @@ class StateEncoder(Encoder):
 
     def __init__(self, obs_steps, corners, goal, width=384, depth=3, per_step=False):
         super().__init__()
-        corners = [[float(x), float(y)] for x, y in corners]     # a file must not hold arrays
-        goal = torch.tensor(goal, dtype=torch.float64).tolist()
+        corners, goal = (torch.tensor(numbers, dtype=torch.float64, device="cpu").tolist()
+                         for numbers in (corners, goal))     # a file must not hold arrays
         self.config = dict(observation=self.observation, obs_steps=obs_steps, corners=corners,
                            goal=goal, width=width, depth=depth)
         self.obs_steps = obs_steps

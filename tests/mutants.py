@@ -487,11 +487,11 @@ MUTANTS = [
      "return self.output(self.norm(hidden))\n"
      "\n"
      "\n"
-     "class MLPBlock",
+     "def rows",
      "return self.output(self.norm(hidden + hidden.mean(1, keepdim=True)))\n"
      "\n"
      "\n"
-     "class MLPBlock",
+     "def rows",
      "test_mlp_never_mixes_time_steps",
      "A mean over the horizon: better perhaps, but it is not DP-MLP."),
     ("mlp-film-before-gelu", "heads.py",
@@ -515,11 +515,11 @@ MUTANTS = [
      "return self.output(self.norm(hidden))\n"
      "\n"
      "\n"
-     "class MLPBlock",
+     "def rows",
      "return self.output(hidden)\n"
      "\n"
      "\n"
-     "class MLPBlock",
+     "def rows",
      "test_same_function_as_the_libraries_modules",
      "The last normalisation forgotten."),
     ("mlp-modulations-backwards", "heads.py",
