@@ -82,8 +82,9 @@ class Preset:
 
 PRESETS = {
     "main": Preset("Does freezing cost success?", """
-        DP-MLP                                | MLP                 | 64.3 / 65.9 | 61.1 / 61.2 | -
-        """, ("normal", "decoupled", "random frozen"), task="full", seeds=3),
+        full                              | --task full MLP | 64.3 / 65.9 | 61.1 / 61.2 | -
+        near                              | --task near MLP | -           | -           | -
+        """, ("normal", "decoupled", "random frozen"), task="", seeds=3),
     "recipes": Preset("With every head?", """
         DP-MLP                            | MLP                 | 64.3 / 65.9 | 61.1 / 61.2 | - | -
         DP-C                              | UNET          | 64.0 / 63.6 | 63.4 / 62.2 | - / 0.0 | -
@@ -132,7 +133,7 @@ PRESETS = {
         width 32                       | MLP --decoupled --width 32                     | -
         width 64                       | MLP --decoupled --width 64                     | -
         width 128                      | MLP --decoupled                                | -
-        """),
+        """, seeds=3),
     "sharing": Preset("Does one head serve all tasks?", """
         near, normal                   | --task near MLP                                | -
         near, head of free arm motion  | --task near MLP --decoupled                    | -
@@ -202,6 +203,23 @@ def runs(preset, seeds):
             slug = slug.removesuffix(f"-seed{seed}")     # of a file
             folder = Path("runs/compare") / f"{slug}-seed{seed}"
             yield label, seed, folder, [*command, "--out", str(folder)]
+
+
+def make(preset, seeds, only_list=False):
+    """Make the runs that are missing, or print their commands alone."""
+    missing = []
+    for _, _, folder, command in runs(preset, seeds):
+        if not (folder / "summary.json").exists():
+            resume = ["--resume"] if (folder / "config.json").exists() else []
+            missing.append(command + resume)
+    if only_list:
+        for command in missing:
+            print("python", shlex.join(command))
+    elif missing:
+        print(f"{len(missing)} runs to go; each says soon after its start how long it takes. "
+              "Interrupt and call again as you like")
+        for command in tqdm(missing, desc=preset.question, unit="run"):
+            execute(command)
 
 
 def execute(command):
@@ -300,7 +318,7 @@ def main():
     parser.error = lambda message: parser.exit(2, f"compare: {message} (--help tells more)\n")
     flag = parser.add_argument
     flag("preset", nargs="?", choices=PRESETS)
-    flag("--seeds", type=int, help="default 3 for main, recipes, human, goals, 2 for the others")
+    flag("--seeds", type=int, help="default 2 or 3, see PRESETS")
     flag("--out", type=Path, default=HERE, help="where table and figure go; default results/")
     flag("--list", action="store_true", help="print the missing runs' commands")
     flag("--collect", action="store_true", help="run nothing")
@@ -317,20 +335,10 @@ def main():
     if options.seeds is not None and not 1 <= options.seeds <= 100:
         parser.error(f"--seeds {options.seeds} is out of range; allowed: 1 to 100")
     preset = PRESETS[options.preset]
-    missing = []
-    for _, _, folder, command in runs(preset, options.seeds or preset.seeds):
-        if not (folder / "summary.json").exists():
-            resume = ["--resume"] if (folder / "config.json").exists() else []
-            missing.append(command + resume)
+    if not options.collect:
+        make(preset, options.seeds or preset.seeds, options.list)
     if options.list:
-        for command in missing:
-            print("python", shlex.join(command))
         return
-    if missing and not options.collect:
-        print(f"{len(missing)} runs to go; each says soon after its start how long it takes. "
-              "Interrupt and call again as you like")
-        for command in tqdm(missing, desc=options.preset, unit="run"):
-            execute(command)
     cells = collect(preset, options.out / f"{options.preset}.json")
     if not cells:
         parser.error("no finished run to collect")

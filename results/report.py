@@ -128,7 +128,7 @@ def table(preset, cells):
     tasks = [each["task"] for each in cells[0].get("tasks", [])]     # where there are several
     if tasks:
         columns.insert(2, f"success: {' / '.join(tasks)}")
-    rows = [columns, ["---"] * len(columns)]
+    rows = [columns]
     for label, group in groups(cells).items():
         success = "{:.3f} ± {:.3f}".format(*spread(group, "success_rate"))
         score = "{:.3f} ± {:.3f}".format(*spread(group, "score"))
@@ -143,8 +143,14 @@ def table(preset, cells):
         rows.append(row)
     if set(paper.values()) == {"-"}:
         rows = [row[:-1] for row in rows]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([*lines, "", footnote(cells), ""])
+    return markdown(rows) + f"\n{footnote(cells)}\n"
+
+
+def markdown(rows):
+    """A table in Markdown; the first row is its head."""
+    head, *others = rows
+    lines = [head, ["---"] * len(head), *others]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def footnote(cells):
@@ -170,6 +176,13 @@ def split_at_markers(text, name):
     return before + opened, shown, closed + after
 
 
+def insert(text, name):
+    """Put a table between its markers in results/README.md."""
+    readme = HERE / "README.md"
+    before, _, after = split_at_markers(readme.read_text(encoding="utf-8"), name)
+    readme.write_text(before + text + after, encoding="utf-8")
+
+
 def publish(name, preset, cells, out):
     """Write what is made of the cells to the folder `out`; for results/ also to its README.md."""
     out.mkdir(parents=True, exist_ok=True)
@@ -181,9 +194,7 @@ def publish(name, preset, cells, out):
     if name == "main":
         draw_front(cells, out / "front.png")
     if out.resolve() == HERE:
-        readme = HERE / "README.md"
-        before, _, after = split_at_markers(readme.read_text(encoding="utf-8"), name)
-        readme.write_text(before + text + after, encoding="utf-8")
+        insert(text, name)
     print(text)
 
 
@@ -230,7 +241,7 @@ def draw_front(cells, path):
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axis = figure.subplots()
     for place, (recipe, name) in enumerate(FRONT.items()):
-        group = [cell for cell in cells if cell["cell"].endswith(f", {recipe}")]
+        group = [cell for cell in cells if cell["cell"] == f"full, {recipe}"]
         mean, error = spread(group, "success_rate")
         axis.bar(place, mean, 0.6, yerr=error, capsize=6, color=["C0", "C1", "0.7"][place])
         axis.plot([place] * len(group), [cell["success_rate"] for cell in group], "k.")

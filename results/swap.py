@@ -16,9 +16,7 @@ that the task is in there.
 4. How much do gamma and beta depend on the observation, on the timestep, and on the task?
 """
 import argparse
-import json
 import os
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -30,7 +28,7 @@ from tqdm import tqdm
 import sim_pusht
 import train
 from diffusion import DiffusionPolicy
-from results import compare, report
+from results import compare, report, swap_report
 from results.evaluate import bounded, goals_of, tasks_of
 
 LEG = 300        # control steps that a leg may take
@@ -246,7 +244,7 @@ def observations_on_the_way(result, obs_steps, number=64):
 
 
 def modulations(policies, result):
-    """Of both policies in the states of `result`: cells of shares, and arrays for the heat maps."""
+    """Of both policies in the states of `result`: cells of shares, and gammas for the heat maps."""
     policy = policies[0]
     seen = observations_on_the_way(result, policy.obs_steps)
     timesteps = list(policy.ddpm.timesteps(policy.sampling_steps))
@@ -255,146 +253,51 @@ def modulations(policies, result):
     names = {1: ["beta"], 2: ["gamma", "beta"], 3: ["gamma", "beta", "alpha"]}
     cells = [{"cell": f"block {r + 1}, {name}", "shares": shares(block[..., v, :])}
              for r, block in enumerate(blocks) for v, name in enumerate(names[block.shape[3]])]
-    return cells, blocks
+    identity = policy.backbone.mechanism.identity[0]
+    return cells, [block[:, -1, :16, 0] - identity for block in blocks]     # of 16 scenes
 
 
-# Tables and pictures -----------------------------------------------------------------------------
+def frames_of(policies, tasks, results):
+    """One scene through all legs: [(picture, modulations (R, numbers), title), ...].
 
-def markdown(columns, rows):
-    lines = ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows]]
-    return "\n".join(lines) + "\n"
-
-
-def mean_of(entries, key):
-    """Mean ± standard error over the seeds, see report.spread."""
-    return "{:.3f} ± {:.3f}".format(*report.spread(entries, key))
-
-
-def tables(cells):
-    """All tables in Markdown: legs, parts, shares; each mean is over the seeds in `cells`."""
-    found, text = report.groups(cells), ""
-    rows = [[label, *(mean_of(leg, "success_rate") for leg in zip(*(c["legs"] for c in group)))]
-            for label, group in found.items() if "legs" in group[0]]
-    text += markdown(["success", "first leg", "second leg", "third leg"], rows)
-    rows = [[label, *(mean_of(goal, key) for goal in zip(*(c["goals"] for c in group))
-                      for key in ("success_rate", "score"))]
-            for label, group in found.items() if "goals" in group[0]]
-    if rows:
-        columns = ["from the second conditioning", "success, first goal", "score, first goal",
-                   "success, second goal", "score, second goal"]
-        text += "\n" + markdown(columns, rows)
-    rows = [[label, *(f"{np.mean([c['shares'][name] for c in group]):.2f}"
-                      for name in group[0]["shares"])]
-            for label, group in found.items() if "shares" in group[0]]
-    if rows:
-        columns = ["share of the variance", *cells[-1]["shares"]]
-        text += "\n" + markdown(columns, rows)
-    seeds = len({cell["seed"] for cell in cells})
-    return text + f"\n{seeds} seed(s), {cells[0]['scenes']} scenes each.\n"
-
-
-def draw(cells, blocks, identity, path):
-    """Bars of the legs, success by block and by denoising step, and a heat map for each block."""
-    from matplotlib.figure import Figure
-    found = report.groups(cells)
-    figure = Figure(figsize=(15, 9), layout="constrained")
-    upper, lower = figure.subfigures(2, 1)
-    legs_axis, blocks_axis, steps_axis = upper.subplots(1, 3)
-    rows = {label: group for label, group in found.items() if "legs" in group[0]}
-    for leg, name in enumerate(("first leg", "second leg", "third leg")):
-        means = [report.spread([cell["legs"][leg] for cell in group], "success_rate")
-                 for group in rows.values()]
-        mean, error = np.array(means).T
-        legs_axis.barh(np.arange(len(rows)) + 0.27 * (leg - 1), mean, 0.25, xerr=error, label=name)
-    legs_axis.set_yticks(range(len(rows)), [label.replace(": ", ":\n") for label in rows])
-    legs_axis.set(xlim=(0, 1), xlabel="success", title="Three legs: there, elsewhere, back")
-    legs_axis.invert_yaxis()
-    legs_axis.legend(fontsize="small")
-    for axis, word, title in ((blocks_axis, "blocks", "Blocks that the second one modulates"),
-                              (steps_axis, "last", "Last denoising steps that it modulates")):
-        labels = [label for label in found if label == "nothing" or label.startswith(word)]
-        for goal, name in enumerate(("first goal", "second goal")):
-            means = [report.spread([cell["goals"][goal] for cell in found[label]], "success_rate")
-                     for label in labels]
-            axis.errorbar(range(len(labels)), *np.array(means).T, label=name, capsize=3,
-                          fmt="o-" if word == "last" else "o")
-        short = [label.removeprefix("blocks ").split(" denoising")[0].removeprefix("last ")
-                 for label in labels]
-        axis.set_xticks(range(len(labels)), short, rotation=60)
-        axis.set(ylim=(0, 1), title=title, ylabel=f"success in {WHERE} steps")
-        axis.legend()
-    lower.suptitle("gamma - 1 of each block at the last denoising step. A row is a scene: above "
-                   "with the first conditioning, below with the second. Features are sorted by "
-                   "the difference", fontsize=10)
-    for number, (axis, block) in enumerate(zip(lower.subplots(1, len(blocks), squeeze=False)[0],
-                                               blocks)):
-        last = block[:, -1, :16, 0] - identity                               # (task, S, D)
-        order = np.argsort(last[1].mean(0) - last[0].mean(0))
-        image = axis.imshow(np.concatenate(last)[:, order], cmap="coolwarm", aspect="auto",
-                            vmin=-2, vmax=2)
-        axis.axhline(len(last[0]) - 0.5, color="k")
-        axis.set(title=f"block {number + 1}", xlabel="feature", ylabel="scene", yticks=[])
-    lower.colorbar(image, ax=lower.axes, label="gamma - 1")
-    figure.savefig(path, dpi=80)
-
-
-def film(policies, tasks, results, path):
-    """One scene through all legs as a GIF; beside it gamma and beta as they change on the way."""
-    from matplotlib.animation import FuncAnimation, PillowWriter
-    from matplotlib.figure import Figure
+    Of all scenes that solve the most legs it is the quickest. Modulations: gamma - 1 and beta of
+    every fourth feature at the last denoising step, a row for each block.
+    """
     lengths = np.stack([result["length"] for result in results])
     solved = np.stack([result["max_coverage"] > 0.95 for result in results]).sum(0)
-    scene = np.lexsort([lengths.sum(0), -solved])[0]     # most legs solved, then the shortest
+    scene = np.lexsort([lengths.sum(0), -solved])[0]
     identity = np.array(policies[0].backbone.mechanism.identity)[:, None]
-    frames = []     # (picture, modulations, title)
+    frames = []
     for number, (policy, task, result) in enumerate(zip(policies, tasks, results)):
         states, length = result["states"][:, scene], result["length"][scene]
         times = [*range(0, length, 5), *[length] * 4]
         past = states[np.maximum(np.array(times)[:, None] + np.arange(1 - policy.obs_steps, 1), 0)]
-        seen = sim_pusht.observe(past, policy.conditioning.encoder.observation,
-                                 sim_pusht.TASKS[task][1])
+        _, goal = sim_pusht.TASKS[task]
+        seen = sim_pusht.observe(past, policy.conditioning.encoder.observation, goal)
         strips = [(m[0] - identity)[..., ::4].reshape(len(times), -1)
                   for m in modulations_of(policy, seen, [0])]
         width = max(strip.shape[1] for strip in strips)
         strips = [np.pad(strip, ((0, 0), (0, width - strip.shape[1]))) for strip in strips]
-        pictures = sim_pusht.draw_states(states[times], 192, sim_pusht.TASKS[task][1])
-        frames += zip(pictures, np.stack(strips, 1), [f"leg {number + 1}: the conditioning of "
-                                                      f"task {task} is in the head"] * len(times))
-    figure = Figure(figsize=(7, 3.6))
-    figure.subplots_adjust(0.01, 0.15, 0.98, 0.9, 0.15)
-    board, strip = figure.subplots(1, 2)
-    board.set_axis_off()
-    strip.set(xlabel="gamma - 1, then beta, of every fourth feature", ylabel="block")
-    strip.set_yticks(range(len(strips)), range(1, len(strips) + 1))
-    picture = board.imshow(frames[0][0])
-    image = strip.imshow(frames[0][1], cmap="coolwarm", aspect="auto", vmin=-1.5, vmax=1.5,
-                         interpolation="nearest")
-    title = figure.suptitle(" ")
-
-    def show(frame):
-        picture.set_data(frame[0])
-        image.set_data(frame[1])
-        title.set_text(frame[2])
-
-    FuncAnimation(figure, show, frames, cache_frame_data=False).save(path, PillowWriter(fps=10),
-                                                                     dpi=60)
+        title = f"leg {number + 1}: the conditioning of task {task} is in the head"
+        frames += zip(sim_pusht.draw_states(states[times], 192, goal), np.stack(strips, 1),
+                      [title] * len(times))
+    return frames
 
 
-# The command line --------------------------------------------------------------------------------
+# Measuring ---------------------------------------------------------------------------------------
 
 def measure_pair(first, second, label, scenes):
-    """Legs, parts and modulations of one pair: its cells; what is needed to draw it."""
+    """Legs, parts and modulations of one pair: cells, and what swap_report.publish draws."""
     tasks = [tasks_of(first), tasks_of(second), tasks_of(first)]
     policies = there_and_back(first, second)
     cell, results = legs_of(label, policies, tasks, scenes)
-    cells, blocks = [cell], None
     if first.backbone.mechanism.tokens:
         print("this head takes tokens: it has no modulations to look at", file=sys.stderr)
     elif first.conditioning.encoder.observation == "state":
-        cells += where(first, second, tasks[:2], scenes)
-        shares_of, blocks = modulations(policies[:2], results[0])
-        cells += shares_of
-    return cells, (blocks, policies, tasks, results)
+        of_shares, blocks = modulations(policies[:2], results[0])
+        cells = [cell, *where(first, second, tasks[:2], scenes), *of_shares]
+        return cells, blocks, frames_of(policies, tasks, results)
+    return [cell], None, None
 
 
 def measure_seed(policies, other_seed, scenes):
@@ -402,42 +305,40 @@ def measure_seed(policies, other_seed, scenes):
     pair = policies["full, decoupled"], policies["away, decoupled"]
     check_pair(*pair)
     check_pair(policies["full, random"], policies["away, random"])
-    cells, drawn = measure_pair(*pair, SWAP, scenes)
+    cells, *drawn = measure_pair(*pair, SWAP, scenes)
     tasks = ["full", "away", "full"]
     strangers = [with_conditioning(pair[0], other_seed[f"{task}, decoupled"]) for task in tasks]
-    several = policies["several goals"]
     controls = {STAYS: [pair[0]] * 3, OTHER_SEED: strangers,
                 RANDOM: there_and_back(policies["full, random"], policies["away, random"]),
                 NORMAL: there_and_back(policies["full, normal"], policies["away, normal"]),
-                MOVES: [several] * 3}
+                MOVES: [policies["several goals"]] * 3}
     legs = [legs_of(label, three, tasks, scenes)[0] for label, three in controls.items()]
-    return [cells[0], *legs, *cells[1:]], drawn
+    return [cells[0], *legs, *cells[1:]], *drawn
+
+
+def measure_seeds(seeds, scenes):
+    """Make all runs that are missing, and measure them; the pictures show seed 0."""
+    compare.make(RUNS, seeds)
+    policies = [{} for _ in range(seeds)]
+    for label, seed, folder, _ in compare.runs(RUNS, seeds):
+        policies[seed][label] = DiffusionPolicy.load(folder / "policy.pt")
+    measured = [measure_seed(policies[seed], policies[seed - 1], scenes) for seed in range(seeds)]
+    cells = [cell | {"seed": seed} for seed, (found, *_) in enumerate(measured) for cell in found]
+    cells.sort(key=lambda cell: "goals" in cell or 2 * ("shares" in cell))
+    return cells, *measured[0][1:]
 
 
 def measure_files(files, different_heads, scenes):
     """The cells of one or two policy files. Raises ValueError for those that do not fit."""
     policies = [DiffusionPolicy.load(file) for file in files]
-    if len(policies) == 1:
-        tasks = tasks_of(policies[0]).split(",")
-        if len(tasks) < 2:
-            raise ValueError(f"{files[0]} pursues one goal, {tasks[0]}: give a second policy")
-        tasks = [*tasks[:2], tasks[0]]
-        cell, results = legs_of(MOVES, policies * 3, tasks, scenes)
-        return [cell], (None, policies * 3, tasks, results)
-    check_pair(*policies, different_heads)
-    return measure_pair(*policies, NORMAL if different_heads else SWAP, scenes)
-
-
-def publish(cells, drawn, out):
-    """Write swap.json and swap.md; where there are modulations, also swap.png and swap.gif."""
-    out.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(cell | {"command": "python -m results.swap"}) for cell in cells)
-    (out / "swap.json").write_text('{"cells": [\n' + lines + "\n]}\n", encoding="utf-8")
-    (out / "swap.md").write_text(tables(cells), encoding="utf-8")
-    blocks, policies, tasks, results = drawn
-    if blocks:
-        draw(cells, blocks, policies[0].backbone.mechanism.identity[0], out / "swap.png")
-        film(policies, tasks, results, out / "swap.gif")
+    if len(policies) > 1:
+        check_pair(*policies, different_heads)
+        return measure_pair(*policies, NORMAL if different_heads else SWAP, scenes)
+    tasks = tasks_of(policies[0]).split(",")
+    if len(tasks) < 2:
+        raise ValueError(f"{files[0]} pursues one goal, {tasks[0]}: give a second policy")
+    cell, _ = legs_of(MOVES, policies * 3, [*tasks[:2], tasks[0]], scenes)
+    return [cell], None, None
 
 
 def main(arguments=None):
@@ -454,39 +355,24 @@ def main(arguments=None):
     flag("--out", type=Path, metavar="FOLDER",
          help="where files go; default results/, for given policies: nothing is written")
     options = parser.parse_args(arguments)
+    files, out = options.policies, options.out
+    if options.list:
+        return compare.make(RUNS, options.seeds, only_list=True)
     try:
-        if len(options.policies) > 2:
-            raise ValueError(f"{len(options.policies)} policies are given; allowed: 0 to 2")
-        if options.out and (options.out == Path() or options.out.is_file()):
-            raise ValueError(f"--out {options.out} is no name of its own for a folder")
-        if options.policies:
-            cells, drawn = measure_files(options.policies, options.different_heads, options.scenes)
+        if len(files) > 2:
+            raise ValueError(f"{len(files)} policies are given; allowed: 0 to 2")
+        if out and (out == Path() or out.is_file()):
+            raise ValueError(f"--out {out} is no name of its own for a folder")
+        if files:
+            cells, *drawn = measure_files(files, options.different_heads, options.scenes)
             cells = [cell | {"seed": 0} for cell in cells]
         else:
-            grid = list(compare.runs(RUNS, options.seeds))
-            missing = [command + ["--resume"] * (folder / "config.json").exists()
-                       for *_, folder, command in grid if not (folder / "summary.json").exists()]
-            if options.list:
-                print("\n".join(f"python {shlex.join(command)}" for command in missing))
-                return
-            for command in tqdm(missing, desc="swap", unit="run", disable=not missing):
-                compare.execute(command)
-            policies = [{} for _ in range(options.seeds)]
-            for label, seed, folder, _ in grid:
-                policies[seed][label] = DiffusionPolicy.load(folder / "policy.pt")
-            cells = []
-            for seed, its in enumerate(policies):
-                found, seed_drawn = measure_seed(its, policies[seed - 1], options.scenes)
-                cells += [cell | {"seed": seed} for cell in found]
-                drawn = seed_drawn if seed == 0 else drawn     # the pictures show seed 0
-            cells.sort(key=lambda cell: "goals" in cell or 2 * ("shares" in cell))
-        if options.out or not options.policies:
-            publish(cells, drawn, options.out or compare.HERE)
-        if not (options.out or options.policies):
-            readme = compare.HERE / "README.md"
-            before, _, after = report.split_at_markers(readme.read_text(encoding="utf-8"), "swap")
-            readme.write_text(before + tables(cells) + after, encoding="utf-8")
-        print(tables(cells))
+            cells, *drawn = measure_seeds(options.seeds, options.scenes)
+        if out or not files:
+            swap_report.publish(cells, *drawn, out or compare.HERE)
+        if not (out or files):
+            report.insert(swap_report.tables(cells), "swap")
+        print(swap_report.tables(cells))
     except (ValueError, OSError, ArithmeticError) as error:
         parser.error(error)
 

@@ -1650,7 +1650,7 @@ ELSEWHERE = [
      "test_bars_and_curves_show_what_they_say",
      "The bars of the score show the success."),
     ("told-front-others", "results/report.py",
-     'if cell["cell"].endswith(f", {recipe}")]',
+     'if cell["cell"] == f"full, {recipe}"]',
      'if recipe in cell["cell"]]',
      "test_the_three_bars_are_of_the_three_recipes",
      "A bar takes in the runs of other recipes."),

@@ -12,7 +12,7 @@ import pytest
 
 import sim_pusht
 import train
-from results import compare, evaluate, report, swap
+from results import compare, evaluate, report, swap, swap_report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,7 +66,7 @@ def test_every_question_has_its_section_with_table_and_figure():
 @pytest.mark.skipif(not (ROOT / "results/swap.json").exists(), reason="its runs are not made yet")
 def test_the_table_of_the_swap_is_that_of_its_file():
     _, shown, _ = report.split_at_markers(RESULTS, "swap")
-    assert shown == swap.tables(cells("swap"))
+    assert shown == swap_report.tables(cells("swap"))
     assert shown == (ROOT / "results/swap.md").read_text(encoding="utf-8")
 
 
@@ -88,12 +88,12 @@ def test_every_error_in_a_verdict_is_that_of_a_row_or_of_a_difference_of_two(pre
                    for m, e in known), f"{mean} ± {error}"
 
 
-@pytest.mark.parametrize("preset, place", [("main", slice(0, 2)), ("recipes", slice(2, 4))])
-def test_what_to_expect_is_the_range_over_the_committed_seeds(preset, place):
+@pytest.mark.parametrize("task, place", [("full", slice(0, 2)), ("near", slice(2, 4))])
+def test_what_to_expect_is_the_range_over_the_committed_seeds(task, place):
     """The quick start names four ranges: score and success of task full, then of task near."""
     text = " ".join(section(README, "Quick start").split())
     ranges = [tuple(map(float, found)) for found in re.findall(r"(0\.\d+) to ([01]\.\d+)", text)]
-    group = report.groups(cells(preset))["DP-MLP, decoupled"]
+    group = report.groups(cells("main"))[f"{task}, decoupled"]
     expected = []
     for key in ("score", "success_rate"):
         values = [cell[key] for cell in group]

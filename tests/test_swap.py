@@ -11,7 +11,7 @@ import sim_pusht
 import train
 from diffusion import DiffusionPolicy
 from heads import make_backbone
-from results import compare, swap
+from results import compare, swap, swap_report
 
 CORNERS = sim_pusht.KEYPOINTS.tolist()
 
@@ -89,12 +89,15 @@ def test_parts_are_each_block_its_neighbours_and_the_last_steps(pair):
     parts = {name: (list(blocks), list(steps)) for name, blocks, steps in swap.parts_of(pair[0])}
     every = list(range(90, -1, -10))
     assert parts["nothing"] == ([], []) and parts["blocks 2"] == ([1], every)
-    assert parts["blocks 2 3 4"] == ([1, 2, 3], every) and "blocks 1 3" not in parts
-    assert parts["last 2 denoising steps"] == ([0, 1, 2, 3], [10, 0])
-    assert parts["blocks 1 2 3 4"] == parts["last 10 denoising steps"] == ([0, 1, 2, 3], every)
-    assert len(parts) == 1 + 10 + 10
+    assert parts["last 2 denoising steps"] == ([0, 1], [10, 0])
+    assert parts["blocks 1 2"] == parts["last 10 denoising steps"] == ([0, 1], every)
+    assert len(parts) == 1 + 3 + 10
     ddpm = policy_for(sampling_steps=None)
-    assert len(dict((name, 0) for name, *_ in swap.parts_of(ddpm))) == 1 + 10 + 10
+    assert len(list(swap.parts_of(ddpm))) == 1 + 3 + 10
+    ddpm.backbone.modulation_widths = [256] * 4
+    parts = {name: list(blocks) for name, blocks, _ in swap.parts_of(ddpm)}
+    assert parts["blocks 2 3 4"] == [1, 2, 3] and "blocks 1 3" not in parts
+    assert len(parts) == 1 + 10 + 10
 
 
 # Legs --------------------------------------------------------------------------------------------
@@ -183,7 +186,7 @@ def test_the_modulations_are_those_that_the_policy_uses(pair):
     with torch.no_grad():
         expected = first.conditioning(first.conditioning.encode(seen),
                                       first.backbone.time_encoder(torch.zeros(3)))
-    assert [block.shape for block in found] == [(2, 3, 2, 256)] * 4
+    assert [block.shape for block in found] == [(2, 3, 2, 256)] * 2
     for block, m in zip(found, expected):
         np.testing.assert_allclose(block[1], m[:, :, 0].numpy(), atol=1e-5)
         assert not np.allclose(block[0], block[1], atol=1e-3)
@@ -214,7 +217,7 @@ def test_a_pair_is_played_printed_and_drawn_on_request(head, tmp_path, capsys, m
             "swap.gif", "swap.json", "swap.md", "swap.png"]
         assert (tmp_path / "new/out/swap.md").read_text() == printed[:-1]
         cells = json.loads((tmp_path / "new/out/swap.json").read_text())["cells"]
-        assert swap.tables(cells) == printed[:-1]
+        assert swap_report.tables(cells) == printed[:-1]
 
 
 def test_a_head_of_tokens_is_swapped_but_has_no_modulations(tmp_path, capsys):
@@ -290,14 +293,14 @@ def test_actions_that_are_no_numbers_are_one_line(tmp_path, capsys):
 
 # All runs ----------------------------------------------------------------------------------------
 
-def test_the_runs_are_two_tasks_with_one_head_and_their_controls():
+def test_the_runs_are_two_tasks_and_their_controls():
     by_label = {}
     for label, seed, _, command in compare.runs(swap.RUNS, 2):
         config, _ = train.parse([*command[1:], "--device", "cpu"])
         by_label[label, seed] = config
     for seed in (0, 1):
         full, away = by_label["full, decoupled", seed], by_label["away, decoupled", seed]
-        assert away.action_head == full.out / "action_head.pt" and away.task == "away"
+        assert full.recipe == away.recipe == "decoupled" and away.task == "away"
         assert by_label["full, random", seed].recipe == "random-frozen"
         assert by_label["away, normal", seed].recipe == "normal"
         assert by_label["several goals", seed].task == "full,away,corner"
@@ -335,7 +338,7 @@ def test_without_a_policy_all_seeds_are_measured_and_written(tmp_path, monkeypat
         (config.out / "summary.json").write_text("{}")
 
     monkeypatch.setattr(compare, "execute", execute)
-    monkeypatch.setattr(swap, "film", lambda *_: None)
+    monkeypatch.setattr(swap_report, "animate", lambda *_: None)
     swap.main(["--list", "--seeds", "2"])
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 14 and all(shlex.split(line)[1] == "train.py" for line in listed)
@@ -365,7 +368,7 @@ def test_the_controls_are_played_with_what_their_names_say(monkeypatch):
         return {"cell": label}, None
 
     monkeypatch.setattr(swap, "legs_of", legs_of)
-    monkeypatch.setattr(swap, "measure_pair", lambda first, second, label, scenes: ([{}], None))
+    monkeypatch.setattr(swap, "measure_pair", lambda first, second, label, scenes: ([{}], None, None))
     swap.measure_seed(here, there, 2)
     parts = {name: (policy.backbone, policy.conditioning) for name, policy in here.items()}
     own = parts["full, decoupled"]

@@ -1,0 +1,133 @@
+"""What becomes of the measurements of results/swap.py: tables in Markdown, a figure, a GIF."""
+import json
+
+import numpy as np
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.figure import Figure
+
+from results import report
+
+LEGS = "first leg", "second leg", "third leg"
+
+
+def publish(cells, blocks, frames, out):
+    """Write swap.json and swap.md to the folder `out`; swap.png and swap.gif where there are
+    modulations to show. Arguments: see `draw` and `animate`."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(cell | {"command": "python -m results.swap"}) for cell in cells)
+    (out / "swap.json").write_text('{"cells": [\n' + lines + "\n]}\n", encoding="utf-8")
+    (out / "swap.md").write_text(tables(cells), encoding="utf-8")
+    if blocks:
+        draw(cells, blocks, out / "swap.png")
+        animate(frames, out / "swap.gif")
+
+
+def mean_of(entries, key):
+    """Mean ± standard error over the seeds, see report.spread."""
+    return "{:.3f} ± {:.3f}".format(*report.spread(entries, key))
+
+
+def split(cells):
+    """The cells of each of the three tables: {"legs": {label: [a cell a seed]}, "goals", "shares"}."""
+    found = report.groups(cells)
+    return {kind: {label: group for label, group in found.items() if kind in group[0]}
+            for kind in ("legs", "goals", "shares")}
+
+
+def tables(cells):
+    """All tables in Markdown: legs, parts, shares; each mean is over the seeds in `cells`."""
+    kinds = split(cells)
+    rows = [["success", *LEGS]]
+    for label, group in kinds["legs"].items():
+        legs = zip(*(cell["legs"] for cell in group))
+        rows.append([label, *(mean_of(leg, "success_rate") for leg in legs)])
+    text = report.markdown(rows)
+    if kinds["goals"]:
+        rows = [["from the second conditioning", "success, first goal", "score, first goal",
+                 "success, second goal", "score, second goal"]]
+        for label, group in kinds["goals"].items():
+            goals = zip(*(cell["goals"] for cell in group))
+            rows.append([label, *(mean_of(goal, key) for goal in goals
+                                  for key in ("success_rate", "score"))])
+        text += "\n" + report.markdown(rows)
+    if kinds["shares"]:
+        rows = [["share of the variance", *cells[-1]["shares"]]]
+        for label, group in kinds["shares"].items():
+            means = [np.mean([cell["shares"][name] for cell in group]) for name in rows[0][1:]]
+            rows.append([label, *(f"{mean:.2f}" for mean in means)])
+        text += "\n" + report.markdown(rows)
+    seeds = len({cell["seed"] for cell in cells})
+    return text + f"\n{seeds} seed(s), {cells[0]['scenes']} scenes each.\n"
+
+
+def draw(cells, blocks, path):
+    """Bars of the legs; success by block and by denoising step; a heat map for each block.
+
+    blocks: for each block, how far gamma is from doing nothing, (task, scene, D).
+    """
+    kinds = split(cells)
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    upper, lower = figure.subfigures(2, 1)
+    legs_axis, blocks_axis, steps_axis = upper.subplots(1, 3, width_ratios=(2, 1, 1.5))
+    for leg, name in enumerate(LEGS):
+        means = [report.spread([cell["legs"][leg] for cell in group], "success_rate")
+                 for group in kinds["legs"].values()]
+        mean, error = np.array(means).T
+        heights = np.arange(len(means)) + 0.27 * (leg - 1)
+        legs_axis.barh(heights, mean, 0.25, xerr=error, label=name, color=f"C{leg}")
+    legs_axis.set_yticks(range(len(kinds["legs"])),
+                         [label.replace(": ", ":\n") for label in kinds["legs"]])
+    legs_axis.set(xlim=(0, 1), xlabel="success", title="Three legs: there, elsewhere, back")
+    legs_axis.invert_yaxis()
+    for axis, word, title in ((blocks_axis, "blocks", "Blocks modulated by the second"),
+                              (steps_axis, "last", "Last denoising steps modulated by it")):
+        labels = [label for label in kinds["goals"]
+                  if label == "nothing" or label.startswith(word)]
+        for goal, name in enumerate(("first goal", "second goal")):
+            means = [report.spread([cell["goals"][goal] for cell in kinds["goals"][label]],
+                                   "success_rate") for label in labels]
+            axis.errorbar(range(len(labels)), *np.array(means).T, label=name, capsize=3,
+                          color=f"C{goal}", fmt="o-" if word == "last" else "o")
+        short = [label.removeprefix("blocks ").split(" denoising")[0].removeprefix("last ")
+                 for label in labels]
+        axis.set_xticks(range(len(labels)), short)
+        axis.set(ylim=(0, 1), title=title, ylabel="success")
+    for axis in (legs_axis, steps_axis):
+        axis.figure.legend(*axis.get_legend_handles_labels(), ncols=3, fontsize="small",
+                           loc="outside lower left" if axis is legs_axis else "outside lower right")
+    lower.suptitle("gamma - 1 of each block, at the last denoising step. A row is a scene: above "
+                   "the line\nwith the first conditioning, below it with the second. Features are "
+                   "sorted by the difference.", fontsize="medium")
+    axes = lower.subplots(1, len(blocks), squeeze=False)[0]
+    for number, (axis, block) in enumerate(zip(axes, blocks)):
+        order = np.argsort(block[1].mean(0) - block[0].mean(0))
+        image = axis.imshow(np.concatenate(block)[:, order], cmap="coolwarm", aspect="auto",
+                            vmin=-2, vmax=2)
+        axis.axhline(len(block[0]) - 0.5, color="k")
+        axis.set(title=f"block {number + 1}", xlabel="feature", ylabel="scene", yticks=[])
+    lower.colorbar(image, ax=axes, label="gamma - 1")
+    figure.savefig(path, dpi=80)
+
+
+def animate(frames, path):
+    """A GIF: the board, and beside it gamma and beta; frames: see swap.frames_of."""
+    picture, strip, _ = frames[0]
+    figure = Figure(figsize=(7, 3.6))
+    figure.subplots_adjust(0.01, 0.15, 0.98, 0.9, 0.15)
+    board, beside = figure.subplots(1, 2)
+    board.set_axis_off()
+    beside.set(xlabel="gamma - 1, then beta, of every fourth feature", ylabel="block")
+    beside.set_yticks(range(len(strip)), range(1, len(strip) + 1))
+    shown = board.imshow(picture)
+    image = beside.imshow(strip, cmap="coolwarm", aspect="auto", vmin=-1.5, vmax=1.5,
+                          interpolation="nearest")
+    title = figure.suptitle(" ")
+
+    def show(frame):
+        picture, strip, words = frame
+        shown.set_data(picture)
+        image.set_data(strip)
+        title.set_text(words)
+
+    animation = FuncAnimation(figure, show, frames, cache_frame_data=False)
+    animation.save(path, PillowWriter(fps=10), dpi=60)
