@@ -6,6 +6,7 @@ learning curve.
 import csv
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -198,36 +199,125 @@ def publish(name, preset, cells, out):
     print(text)
 
 
-# Figure ------------------------------------------------------------------------------------------
+# Figures -----------------------------------------------------------------------------------------
+
+# One color for a recipe, in all figures.
+COLORS = {"normal": "C0", "decoupled": "C1", "random frozen": "0.6",
+          "unfrozen after stage 1": "C2", "decoupled, biases kept": "C4"}
+
+
+def name_of_recipe(cell):
+    """The recipe of a cell as the tables call it."""
+    if cell.get("settings", {}).get("keep_biases"):
+        return "decoupled, biases kept"
+    return {"random-frozen": "random frozen",
+            "pretrained": "unfrozen after stage 1"}.get(cell["recipe"], cell["recipe"])
+
 
 def draw(preset, cells, path):
-    """Bars of success and score with their standard errors; below, success over stage 2."""
+    """What is compared as groups of bars, a bar for each recipe; what freezing changes; below,
+    success on the way of up to four groups."""
     from matplotlib.figure import Figure
-    rows = groups(cells)
-    panels = split_into_panels(rows)
-    colors = {}
-    for labels in panels.values():
-        colors |= {label: f"C{index}" for index, label in enumerate(labels)}
-    height = 0.3 * len(rows) + 1
-    width = min(3 * max(len(panels), 2) + 2, 18)
-    figure = Figure(figsize=(width, height + 5.5), layout="constrained")
-    figure.suptitle(preset.question + (f" (task {preset.task})" if preset.task else ""))
-    upper, lower = figure.subfigures(2, height_ratios=(height, 5.5))
-    left, right = upper.subplots(1, 2, sharey=True)
-    draw_bars(left, rows, colors, "success_rate")
-    draw_bars(right, rows, colors, "score")
-    columns = lower.subplots(2, len(panels), sharex="row", sharey=True, squeeze=False).T
-    for axes, (head, labels) in zip(columns, panels.items()):
-        for label in labels:
-            name = label.removeprefix(f"{head}, ")
-            draw_curves(axes, rows[label], name, colors[label])
-        axes[0].set(title=head, xlabel="update of stage 2")
-        axes[1].set(xlabel="second, stage 1 included")
-        if axes[0].lines:
-            axes[0].legend(fontsize="x-small", handlelength=1)
-    for axis in columns[0]:
-        axis.set(ylabel="success on the way", xlim=(0, None), ylim=(0, 1))
-    figure.savefig(path, dpi=80)
+    by_group = {}     # group -> recipe -> the cells of its seeds
+    for label, group in groups(cells).items():
+        recipe = name_of_recipe(group[0])
+        by_group.setdefault(label.removesuffix(f", {recipe}"), {})[recipe] = group
+    recipes = [recipe for recipe in COLORS if any(recipe in each for each in by_group.values())]
+    has_changes = any({"normal", "decoupled"} <= set(each) for each in by_group.values())
+    has_curves = len(by_group) <= 4 and len(recipes) > 1
+    height = 0.25 * len(groups(cells)) + 0.2 * len(by_group) + 1.2
+    with style():
+        figure = Figure(figsize=(8, height + 3 * has_curves), layout="constrained")
+        upper, lower = figure, None
+        if has_curves:
+            upper, lower = figure.subfigures(2, height_ratios=(height, 3))
+        ratios = (3, 2) if has_changes else (1,)
+        axes = upper.subplots(1, len(ratios), squeeze=False, sharey=True, width_ratios=ratios)[0]
+        draw_bars(axes[0], by_group)
+        legend = {recipe: axes[0].barh(0, 0, color=COLORS[recipe], alpha=0.7)
+                  for recipe in recipes if len(recipes) > 1}
+        if has_changes:
+            legend |= draw_changes(axes[1], by_group, preset)
+        if legend:
+            upper.legend(legend.values(), legend, ncols=3, loc="outside lower center")
+        if has_curves:
+            panels = lower.subplots(1, len(by_group), sharey=True, squeeze=False)[0]
+            for axis, (name, each) in zip(panels, by_group.items()):
+                for recipe, group in each.items():
+                    axis.plot(*curve(group), ".-", color=COLORS[recipe])
+                axis.set(title=name, xlabel="update of stage 2", xlim=(0, None), ylim=(0, 1))
+            panels[0].set_ylabel("success on the way")
+        figure.savefig(path, dpi=100)
+
+
+def style():
+    """Letters that can be read when the figure is shown at half its size."""
+    import matplotlib
+    return matplotlib.rc_context({"font.size": 12, "axes.titlesize": 12})
+
+
+def draw_bars(axis, by_group):
+    """Success: a bar with its standard error for each recipe, a dot for each seed."""
+    y, centers = 0, []
+    for each in by_group.values():
+        first = y
+        for recipe, cells in each.items():
+            mean, error = spread(cells, "success_rate")
+            axis.barh(y, mean, 0.9, xerr=error, color=COLORS[recipe], alpha=0.7, capsize=3)
+            seeds = [cell["success_rate"] for cell in cells]
+            axis.plot(seeds, [y] * len(seeds), "k.", ms=5)
+            y += 1
+        centers.append((first + y - 1) / 2)
+        y += 0.8
+    axis.set_yticks(centers, [textwrap.fill(name, 24) for name in by_group])
+    axis.set(xlim=(0, 1), ylim=(y - 1.2, -0.6), title="success (dots: seeds)")
+    axis.grid(axis="x", alpha=0.3)
+
+
+def draw_changes(axis, by_group, preset):
+    """Decoupled minus normal: ours with its standard error, and the paper's. Returns the legend."""
+    paper = {label: figure for label, _, figure in preset.table()}
+    legend, y = {}, 0
+    axis.axvline(0, color="0.5", lw=1)
+    for name, each in by_group.items():
+        center = y + (len(each) - 1) / 2
+        y += len(each) + 0.8
+        if not {"normal", "decoupled"} <= set(each):
+            continue
+        (normal, of_normal), (decoupled, of_decoupled) = (
+            spread(each[recipe], "success_rate") for recipe in ("normal", "decoupled"))
+        legend["change, here"] = axis.errorbar(
+            100 * (decoupled - normal), center, color="C1", fmt="o", capsize=3,
+            xerr=100 * np.hypot(of_normal, of_decoupled))
+        theirs = change_in_paper(*(paper.get(f"{name}, {recipe}", "-")
+                                   for recipe in ("normal", "decoupled")))
+        if theirs is not None:
+            legend["change, paper"], = axis.plot(theirs, center, "kD", fillstyle="none")
+    axis.set(title="change by freezing, in %")
+    axis.grid(axis="x", alpha=0.3)
+    return legend
+
+
+def change_in_paper(normal, decoupled):
+    """In the last version of the paper that has both, from texts such as "64.3 / 65.9"; or None."""
+    for before, after in list(zip(normal.split(" / "), decoupled.split(" / ")))[::-1]:
+        if "-" not in (before, after):
+            return float(after) - float(before)
+    return None
+
+
+def curve(cells):
+    """Mean success of the seeds over the updates: (updates, success).
+
+    The counterpart of the paper's Figure 3, which shows its running maximum.
+    """
+    by_step = {}     # update -> success of each seed
+    for cell in cells:
+        points = [(step, success) for step, _, _, success in cell["curve"]["stage2"]
+                  if success is not None]
+        for step, success in [*points, (cell["curve"]["stage2"][-1][0], cell["success_rate"])]:
+            by_step.setdefault(step, []).append(success)
+    return sorted(by_step), [np.mean(by_step[step]) for step in sorted(by_step)]
 
 
 FRONT = {"normal": "normal:\nall weights learn\nfrom demonstrations",
@@ -243,65 +333,9 @@ def draw_front(cells, path):
     for place, (recipe, name) in enumerate(FRONT.items()):
         group = [cell for cell in cells if cell["cell"] == f"full, {recipe}"]
         mean, error = spread(group, "success_rate")
-        axis.bar(place, mean, 0.6, yerr=error, capsize=6, color=["C0", "C1", "0.7"][place])
+        axis.bar(place, mean, 0.6, yerr=error, capsize=6, color=COLORS[recipe])
         axis.plot([place] * len(group), [cell["success_rate"] for cell in group], "k.")
         axis.text(place, 0.03, f"{mean:.2f}", ha="center", fontsize=15, color="white")
     axis.set_xticks(range(len(FRONT)), FRONT.values())
     axis.set(ylim=(0, 1), ylabel="success", title="Scenes solved, of 200 that were never shown")
     figure.savefig(path, dpi=100)
-
-
-def split_into_panels(labels):
-    """head -> labels that share a panel of curves: they begin alike. "" collects the others."""
-    heads = [label.rpartition(", ")[0] for label in labels]
-    shared = [head for head in dict.fromkeys(heads) if head and heads.count(head) > 1]
-    panels = {head: [] for head in [*shared, ""]}
-    for label in labels:
-        head = next((head for head in shared if label.startswith(f"{head}, ")), "")
-        panels[head].append(label)
-    return {head: members for head, members in panels.items() if members}
-
-
-def draw_bars(axis, rows, colors, key):
-    """A bar for each label, a dot for each seed."""
-    for height, (label, cells) in enumerate(rows.items()):
-        mean, error = spread(cells, key)
-        axis.barh(height, mean, xerr=error, color=colors[label], alpha=0.5, capsize=3)
-        seeds = [cell[key] for cell in cells]
-        axis.plot(seeds, [height] * len(seeds), "k.", ms=5)
-    axis.set_xlabel(key.replace("_", " ") + " (dots: seeds)")
-    axis.set_yticks(range(len(rows)), rows)
-    axis.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))     # the first row on top
-    axis.grid(axis="x", alpha=0.3)
-
-
-def draw_curves(axes, cells, name, color):
-    """Mean success of the seeds, over updates and over seconds.
-
-    The counterpart of the paper's Figure 3, which shows its running maximum.
-    """
-    by_step = {}     # update -> [(second, success) of each seed]
-    for cell in cells:
-        for step, second, success in played(cell):
-            by_step.setdefault(step, []).append((second, success))
-    if not by_step:
-        return
-    stage1 = np.mean([cell["seconds"].get("stage1", 0) for cell in cells])
-    steps = sorted(by_step)
-    seconds, success = np.array([np.mean(by_step[step], axis=0) for step in steps]).T
-    axes[0].plot(steps, success, ".-", color=color, label=name)
-    axes[1].plot(stage1 + seconds, success, ".-", color=color)
-
-
-def played(cell):
-    """Success over stage 2: [(update, second, success), ...], the last in all evaluation scenes.
-
-    Empty for a run from before success was recorded on the way.
-    """
-    points = []
-    for step, second, _, *success in cell["curve"]["stage2"]:
-        if success and success[0] is not None:
-            points.append((step, second, success[0]))
-    if points:
-        points.append((step, second, cell["success_rate"]))
-    return points

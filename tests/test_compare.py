@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_rgba
 
 import train
 from results import compare, report
@@ -19,11 +20,11 @@ SOURCE = compare.PRESETS["source"]
 
 def cell(label="a", success=0.5, seed=0, **more):
     return dict(cell=label, success_rate=success, success_se=0.03, score=0.9, score_se=0.01,
-                scale="laptop", episodes=200, threads=1, seed=seed, commit="abc",
+                recipe="normal", scale="laptop", episodes=200, threads=1, seed=seed, commit="abc",
                 command=f"python train.py --task near --seed {seed}",
                 parameters=dict(backbone=1, conditioning=2, trained=3_000_000, frozen=0),
                 seconds=dict(stage2=100.0, total=1200.0), iterations_per_second=dict(stage2=20.0),
-                curve=dict(stage2=[[100 * i, 5.0 * i, 1.0 / i] for i in range(1, 21)])) | more
+                curve=dict(stage2=[[100 * i, 5.0 * i, 1.0 / i, None] for i in range(1, 21)])) | more
 
 
 def write(path, cells):
@@ -162,8 +163,8 @@ def test_a_run_is_found_by_label_and_seed_and_replaces_what_was_collected(tmp_pa
     write_run(folder, log, success=0.75, seed=1)
     cells = compare.collect(SOURCE, file)
     assert [c["success_rate"] for c in cells] == [0.5, 0.75, 0.5]
-    assert report.played(cells[0]) == []          # from before success was recorded
-    assert report.played(cells[1]) == [(1000, 50.0, 0.25), (2000, 100.0, 0.75)]
+    assert report.curve(cells[:1]) == ([2000], [0.5])          # only the last
+    assert report.curve(cells[1:2]) == ([1000, 2000], [0.25, 0.75])
 
 
 def test_policies_for_one_task_each_are_one_row_with_their_mean(tmp_path, monkeypatch, capsys):
@@ -265,24 +266,29 @@ def figures(monkeypatch):
     return saved
 
 
-def test_bars_and_curves_show_what_they_say(tmp_path, figures):
-    """Success and score; the mean of the runs that have come so far, where some are longer; the
-    seconds of stage 1 before those of stage 2."""
+def test_bars_changes_and_curves_show_what_they_say(tmp_path, figures):
+    """The mean of the runs that have come so far, where some are longer."""
     curves = [[[100, 5.0, 1, 0.2], [200, 10.0, 1, 0.4], [300, 15.0, 1, None]],
               [[100, 7.0, 1, 0.4], [200, 12.0, 1, None]]]
-    cells = [cell("x", success, seed, curve=dict(stage2=curve), seconds=dict(stage1=second))
-             for seed, (success, curve, second) in enumerate(zip((0.6, 0.8), curves, (30, 50)))]
-    report.draw(compare.Preset("?", "x | MLP | -"), cells, tmp_path / "figure.png")
-    left, right, updates, seconds = figures[0].axes
-    for axis, shown, label in ((left, 0.7, "success"), (right, 0.9, "score")):
-        (bar,) = axis.patches
-        assert bar.get_width() == pytest.approx(shown) and label in axis.get_xlabel()
-    (line,), (same,) = updates.lines, seconds.lines
-    assert line.get_xdata().tolist() == [100, 200, 300]
+    cells = [cell("x, normal", success, seed, curve=dict(stage2=curve))
+             for seed, (success, curve) in enumerate(zip((0.6, 0.8), curves))]
+    cells.append(cell("x, decoupled", 0.4, recipe="decoupled", curve=dict(stage2=curves[0])))
+    cells.append(cell("y, decoupled", 0.5, recipe="decoupled", curve=dict(stage2=curves[0])))
+    preset = compare.Preset("?", "x | MLP | 60.0 / 50.0 | 55.0 / - \ny | MLP | - | -",
+                            ("normal", "decoupled"))
+    report.draw(preset, cells, tmp_path / "figure.png")
+    bars, changes, curve, _ = figures[0].axes
+    colors = [report.COLORS[recipe] for recipe in ("normal", "decoupled", "decoupled")]
+    for bar, shown, color in zip(bars.patches, (0.7, 0.4, 0.5), colors):
+        assert bar.get_width() == pytest.approx(shown)
+        assert bar.get_facecolor() == pytest.approx(to_rgba(color, 0.7))
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["x", "y"]
+    _, ours, *_, theirs = changes.lines     # the line at 0, the dot and its caps, the diamond
+    assert ours.get_xdata() == pytest.approx([-30]) and theirs.get_xdata() == pytest.approx([-5])
+    line, _ = curve.lines
+    assert list(line.get_xdata()) == [100, 200, 300]
     # Each curve ends with the success in all scenes: 0.6 at update 300, and 0.8 at update 200.
-    assert line.get_ydata().tolist() == pytest.approx([0.3, 0.6, 0.6])
-    assert same.get_ydata().tolist() == line.get_ydata().tolist()
-    assert same.get_xdata().tolist() == pytest.approx([40 + 6, 40 + 11, 40 + 15])
+    assert list(line.get_ydata()) == pytest.approx([0.3, 0.6, 0.6])
 
 
 def test_the_three_bars_are_of_the_three_recipes(tmp_path, figures):
@@ -313,14 +319,6 @@ def test_a_shared_head_is_that_of_the_same_seed():
         head = Path(command[command.index("--action-head") + 1])
         assert head.parent.name.endswith(f"-seed{seed}") and head.name == "action_head.pt"
 
-
-
-
-def test_rows_that_begin_alike_share_a_panel_of_curves():
-    panels = report.split_into_panels(["a, normal", "a, decoupled", "b, c, normal",
-                                       "b, c, decoupled", "a, twice, normal", "d", "e, normal"])
-    assert panels == {"a": ["a, normal", "a, decoupled", "a, twice, normal"],
-                      "b, c": ["b, c, normal", "b, c, decoupled"], "": ["d", "e, normal"]}
 
 
 @pytest.mark.parametrize("text", ["", "<!-- a -->\n", "<!-- /a -->"])
