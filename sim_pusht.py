@@ -781,12 +781,14 @@ def _two_pushes(error, turn, pivot, first):
     All contacts are tried for the second push, along the last axis. Returns the second pivot and
     angle, and error and turn at the end, see `_plan`.
     """
-    middle = pivot + (error - pivot) * unit(first)
-    middle_turn = turn * unit(first)
+    turned = unit(first)
+    middle = pivot + (error - pivot) * turned
+    middle_turn = turn * turned
     pivot2 = middle + middle_turn * PLAN_PIVOTS
     second = _best_turn(middle, middle_turn, pivot2, PLAN_RATES)
-    end = pivot2 + (middle - pivot2) * unit(second)
-    return pivot2, second, end, middle_turn * unit(second)
+    turned = unit(second)
+    end = pivot2 + (middle - pivot2) * turned
+    return pivot2, second, end, middle_turn * turned
 
 
 def _best_turn(error, turn, pivot, rate):

@@ -269,9 +269,13 @@ def fitted(tmp_path, policy, targets=TARGETS, stage="stage2", **changes):
     vars(config).update(warmup=4, betas=(0.9, 0.98), clip_norm=4.0, ema_decay=0.8, log_every=3,
                         checkpoint_every=5, play_every=1000)
     vars(config).update(changes)
-    batches = ((target,) for target in torch.tensor(targets))
+    def batches():
+        for target in torch.tensor(targets):
+            assert not torch.is_autocast_enabled("cpu")     # or the arm moves in bf16, and slowly
+            yield target,
+
     run = train.Run(config)
-    return train.fit(stage, policy, batches, config, run), run
+    return train.fit(stage, policy, batches(), config, run), run
 
 
 def numbers_of(policy):
