@@ -293,7 +293,7 @@ def draw_changes(axis, by_group, preset):
                                    for recipe in ("normal", "decoupled")))
         if theirs is not None:
             legend["change, paper"], = axis.plot(theirs, center, "kD", fillstyle="none")
-    axis.set(title="change by freezing, in %")
+    axis.set(title="change by freezing", xlabel="percentage points")
     axis.grid(axis="x", alpha=0.3)
     return legend
 

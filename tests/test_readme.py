@@ -98,7 +98,7 @@ def test_what_to_expect_is_the_range_over_the_committed_seeds(task, place):
     for key in ("score", "success_rate"):
         values = [cell[key] for cell in group]
         expected.append((round(min(values), 3), round(max(values), 3)))
-    assert len(group) == 3 and ranges[place] == expected
+    assert len(group) >= 3 and ranges[place] == expected
 
 
 def test_the_answers_are_those_of_the_result_files():
