@@ -86,7 +86,7 @@ class Additive(Mechanism):
 
 
 class AdaLN(Mechanism):
-    """Adaptive normalisation: (1 + gamma) * LayerNorm(x) + beta  (Perez et al. 2018).
+    """Adaptive normalisation: (1 + gamma) * LayerNorm(x) + beta  (Peebles & Xie 2023, adaLN).
 
     after_norm gets h = LayerNorm(x), which the block has computed.
 
@@ -161,7 +161,7 @@ class Conditioning(nn.Module):
         # One matrix product makes the modulations of all R layers.
         self.observation_part = nn.Linear(encoder.steps * encoder.size, sum(self.sizes))
         self.time_part = nn.Linear(time_dim, sum(self.sizes), bias=False)
-        # A fresh pathway starts near the identity: the bias is the identity, the weights are small.
+        # A fresh pathway starts around the identity: this is its bias. The weights are PyTorch's.
         # (Official code: FiLM's gamma starts near 0, not 1. And stage 2 keeps the biases of
         # stage 1, which the paper does not mention: train.py's --keep-biases.)
         values = torch.tensor(mechanism.identity).float()
@@ -246,7 +246,8 @@ def make_conditioning(backbone, observation="state", **encoder_settings):
 
 # The encoders Phi: observations (B, ...) -> features (B, steps, size) -----------------------------
 
-COARSE, FINE = 256.0, 20.0     # px that become 1: half the board; what decides over success
+COARSE = 256.0     # px that become 1 at the coarse scale: half the board
+FINE = 20.0        # px that become tanh(1) at the fine one: about what decides over success
 
 
 class Encoder(nn.Module):

@@ -159,7 +159,9 @@ def footnote(cells):
     precision = sorted({cell.get("precision", "fp32") for cell in cells})
     seconds = sum(cell["seconds"]["total"] * cell["threads"] for cell in cells)
     commits = sorted({cell["commit"] for cell in cells})
-    scenes = cells[0].get("tasks", cells)[0]["episodes"]     # of several tasks: of each
+    scenes = cells[0]["episodes"]
+    if "tasks" in cells[0]:     # several: scenes of each
+        scenes = cells[0]["tasks"][0]["episodes"]
     number = sum(cell.get("runs", 1) for cell in cells)
     return (f"{number} runs in {' and '.join(precision)}, {seconds / 3600:.1f} core-hours, "
             f"{scenes} scenes each. Commits: {', '.join(commits)}.")
@@ -337,5 +339,5 @@ def draw_front(cells, path):
         axis.plot([place] * len(group), [cell["success_rate"] for cell in group], "k.")
         axis.text(place, 0.03, f"{mean:.2f}", ha="center", fontsize=15, color="white")
     axis.set_xticks(range(len(FRONT)), FRONT.values())
-    axis.set(ylim=(0, 1), ylabel="success", title="Scenes solved, of 200 that were never shown")
+    axis.set(ylim=(0, 1), ylabel="success", title="Success in 200 scenes that were never shown")
     figure.savefig(path, dpi=100)

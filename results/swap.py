@@ -17,6 +17,7 @@ tests the claim that the task is in there.
 """
 import argparse
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -33,8 +34,8 @@ from results.evaluate import bounded, goals_of, tasks_of
 
 LEG = 300        # control steps that a leg may take
 WHERE = 200      # control steps with the modulations of two conditionings
-# Stage 1 knows no task: of one seed, the decoupled policies of `full` and `away` hold the same head,
-# bit for bit, and so do the two with a random one. (check_pair looks.)
+# Stage 1 knows no task: of one seed, the decoupled policies of `full` and `away` hold the same
+# head, bit for bit, and so do the two with a random one. (check_pair looks.)
 RUNS = compare.Preset("Can one see it?", """
     full, decoupled | --task full MLP --decoupled            | -
     away, decoupled | --task away MLP --decoupled            | -
@@ -173,12 +174,11 @@ def parts_of(policy):
     number = len(policy.backbone.modulation_widths)
     timesteps = list(policy.ddpm.timesteps(policy.sampling_steps))
     parts = [("nothing", [], [])]
-    for size in range(1, number + 1):
-        if size in (1, number) or number <= 4:
-            for first in range(number - size + 1):
-                blocks = range(first, first + size)
-                name = " ".join(str(block + 1) for block in blocks)
-                parts.append((f"blocks {name}", blocks, timesteps))
+    for size in range(1, number if number <= 4 else 2):     # all blocks: the last part below
+        for first in range(number - size + 1):
+            blocks = range(first, first + size)
+            name = " ".join(str(block + 1) for block in blocks)
+            parts.append((f"blocks {name}", blocks, timesteps))
     counts = sorted({max(1, len(timesteps) * tenth // 10) for tenth in range(1, 11)})
     return parts + [(f"last {count} denoising steps", range(number), timesteps[-count:])
                     for count in counts]
@@ -224,7 +224,7 @@ def shares(values):
     A share is the variance of the means over all else, as in an analysis of variance. "task x
     observation": what the task makes of the observation, beyond the sum of both.
     """
-    def explained(*axes):
+    def explained(*axes):     # the mean over the other axes, and its variance over these
         others = tuple({0, 1, 2} - set(axes))
         return values.mean(others).var(tuple(range(len(axes)))).sum()
 
@@ -294,11 +294,13 @@ def measure_pair(first, second, label, scenes):
     cell, results = legs_of(label, policies, tasks, scenes)
     if first.backbone.mechanism.tokens:
         print("this head takes tokens: it has no modulations to look at", file=sys.stderr)
-    elif first.conditioning.encoder.observation == "state":
-        of_shares, blocks = modulations(policies[:2], results[0])
-        cells = [cell, *where(first, second, tasks[:2], scenes), *of_shares]
-        return cells, blocks, frames_of(policies, tasks, results)
-    return [cell], None, None
+        return [cell], None, None
+    if first.conditioning.encoder.observation != "state":
+        print("from pixels the legs alone are played, not parts of a swap", file=sys.stderr)
+        return [cell], None, None
+    of_shares, blocks = modulations(policies[:2], results[0])
+    cells = [cell, *where(first, second, tasks[:2], scenes), *of_shares]
+    return cells, blocks, frames_of(policies, tasks, results)
 
 
 def measure_seed(policies, other_seed, scenes):
@@ -325,7 +327,7 @@ def measure_seeds(seeds, scenes):
         policies[seed][label] = DiffusionPolicy.load(folder / "policy.pt")
     measured = [measure_seed(policies[seed], policies[seed - 1], scenes) for seed in range(seeds)]
     cells = [cell | {"seed": seed} for seed, (found, *_) in enumerate(measured) for cell in found]
-    cells.sort(key=lambda cell: "goals" in cell or 2 * ("shares" in cell))
+    cells = [cell for kind in ("legs", "goals", "shares") for cell in cells if kind in cell]
     return cells, *measured[0][1:]
 
 
@@ -370,6 +372,8 @@ def main(arguments=None):
         else:
             cells, *drawn = measure_seeds(options.seeds, options.scenes)
         if out or not files:
+            command = shlex.join(["python", "-m", "results.swap", *(arguments or sys.argv[1:])])
+            cells = [cell | {"command": command} for cell in cells]
             swap_report.publish(cells, *drawn, out or compare.HERE)
         if not (out or files):
             report.insert(swap_report.tables(cells), "swap")

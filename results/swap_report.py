@@ -14,7 +14,7 @@ def publish(cells, blocks, frames, out):
     """Write swap.json and swap.md to the folder `out`; swap.png and swap.gif where there are
     modulations to show. Arguments: see `draw` and `animate`."""
     out.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(cell | {"command": "python -m results.swap"}) for cell in cells)
+    lines = ",\n".join(json.dumps(cell) for cell in cells)
     (out / "swap.json").write_text('{"cells": [\n' + lines + "\n]}\n", encoding="utf-8")
     (out / "swap.md").write_text(tables(cells), encoding="utf-8")
     if blocks:
@@ -28,7 +28,7 @@ def mean_of(entries, key):
 
 
 def split(cells):
-    """The cells of each of the three tables: {"legs": {label: [a cell a seed]}, "goals", "shares"}."""
+    """The cells of each table: {"legs": {label: [a cell a seed]}, "goals": ..., "shares": ...}."""
     found = report.groups(cells)
     return {kind: {label: group for label, group in found.items() if kind in group[0]}
             for kind in ("legs", "goals", "shares")}
@@ -95,9 +95,10 @@ def draw(cells, blocks, path):
     for axis in (legs_axis, steps_axis):
         axis.figure.legend(*axis.get_legend_handles_labels(), ncols=3, fontsize="small",
                            loc="outside lower left" if axis is legs_axis else "outside lower right")
-    lower.suptitle("gamma - 1 of each block, at the last denoising step. A row is a scene: above "
-                   "the line\nwith the first conditioning, below it with the second. Features are "
-                   "sorted by the difference.", fontsize="medium")
+    lower.suptitle("How each block is modulated at the last denoising step; 0 changes nothing "
+                   "(FiLM: gamma - 1).\nA row is a scene: above the line with the first "
+                   "conditioning, below it with the second.\nFeatures are sorted by the "
+                   "difference.", fontsize="medium")
     axes = lower.subplots(1, len(blocks), squeeze=False)[0]
     for number, (axis, block) in enumerate(zip(axes, blocks)):
         order = np.argsort(block[1].mean(0) - block[0].mean(0))
@@ -105,7 +106,7 @@ def draw(cells, blocks, path):
                             vmin=-2, vmax=2)
         axis.axhline(len(block[0]) - 0.5, color="k")
         axis.set(title=f"block {number + 1}", xlabel="feature", ylabel="scene", yticks=[])
-    lower.colorbar(image, ax=axes, label="gamma - 1")
+    lower.colorbar(image, ax=axes)
     figure.savefig(path, dpi=80)
 
 
