@@ -497,7 +497,7 @@ class Config:
     stage1_steps: int = flag(None, "updates in stage 1; default 1500, paper 45000", metavar="N",
                              low=1, high=10 ** 9)
     steps: int = flag(None, "updates in stage 2, or in normal training; default 12000, near 5000, "
-                      "of a file 12000, from pixels 13000, near 6000; paper 83000", metavar="N",
+                      "of a file 12000, from pixels 16000, near 7000; paper 83000", metavar="N",
                       low=1, high=10 ** 9)
     corner_weight: float = flag(0.2, "of the auxiliary loss, which tells a policy from pixels "
                                 "where the block's corners are; default 0.2; 0: the paper's loss",
@@ -565,7 +565,7 @@ def settings(config):
                           temperature=0.5)
         if config.observation == "pixels":
             # Pictures are expensive: fewer observations in a batch.
-            values.update(steps=6000 if config.task == "near" else 13000,
+            values.update(steps=7000 if config.task == "near" else 16000,
                           batch_size=64, noise_samples=4)
     if config.smoke:
         values.update(batch_size=64, steps=150, stage1_steps=100, num_demos=40, episodes=16,

@@ -402,9 +402,9 @@ def test_help_states_the_defaults_that_the_settings_hold(capsys):
     ("--demos FILE", dict(steps=12000, batch_size=256, noise_samples=2, mirror=True,
                           temperature=0.5, num_demos=None)),
     ("--demos FILE --task near", dict(steps=12000, batch_size=256, num_demos=None)),
-    ("--observation pixels", dict(steps=13000, batch_size=64, noise_samples=4, num_demos=2000)),
-    ("--observation pixels --task near", dict(steps=6000, batch_size=64, noise_samples=4)),
-    ("--observation pixels --demos FILE", dict(steps=13000, batch_size=64, noise_samples=4,
+    ("--observation pixels", dict(steps=16000, batch_size=64, noise_samples=4, num_demos=2000)),
+    ("--observation pixels --task near", dict(steps=7000, batch_size=64, noise_samples=4)),
+    ("--observation pixels --demos FILE", dict(steps=16000, batch_size=64, noise_samples=4,
                                                mirror=True, temperature=0.5)),
     ("--scale paper --demos FILE --observation pixels --task near", dict(
         steps=83000, stage1_steps=45000, batch_size=64, noise_samples=1, loss_steps=None,
