@@ -133,10 +133,10 @@ def learning_rate_factor(step, warmup, steps):
 
 
 def ema_decay(step, cap):
-    """How much of the average is kept in update `step`; it grows, so that the start is forgotten.
+    """How much of the average is kept; it grows, so that the start is forgotten.
 
-    As in the official code (EMAModel with power 0.75). The first two updates copy the weights:
-    in the first one AveragedModel itself does so, in the second one the decay is 0.
+    step: 0 in the second update; in the first one AveragedModel copies the weights by itself. So
+    the second one, whose decay is 0, copies them as well. (Official code: EMAModel, power 0.75.)
     """
     return min(cap, 1 - (1 + step) ** -0.75)
 

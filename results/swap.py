@@ -52,6 +52,7 @@ OTHER_SEED = "control: conditionings of another seed's head"
 RANDOM = "control: in a head of random weights, frozen"
 NORMAL = "control: in a normally trained backbone"
 MOVES = "one policy for several goals: the goal moves"
+DIFFER = "the conditioning is swapped, the heads differ"     # of two files
 
 
 # The pair ----------------------------------------------------------------------------------------
@@ -132,9 +133,9 @@ def play_leg(policy, task, history, steps, generator, stops=True):
     return sim_pusht.play(env, act, policy.obs_steps)
 
 
-def new_scenes(policy, scenes):
+def new_scenes(policy, task, scenes):
     """The evaluation's first states as a history (B, To, 5), and a generator for the noise."""
-    states = sim_pusht.PushT(scenes).reset(train.EVALUATION_SEED)
+    states = sim_pusht.PushT(scenes, task).reset(train.EVALUATION_SEED)
     generator = torch.Generator().manual_seed(train.EVALUATION_SEED)
     return np.repeat(states[:, None], policy.obs_steps, 1), generator
 
@@ -144,7 +145,7 @@ def play_legs(policies, tasks, scenes):
 
     Returns the result of each leg, see sim_pusht.play. All scenes go on, solved or not.
     """
-    history, generator = new_scenes(policies[0], scenes)
+    history, generator = new_scenes(policies[0], tasks[0], scenes)
     results = []
     for policy, task in zip(policies, tasks):
         result = play_leg(policy, task, history, LEG, generator)
@@ -191,7 +192,7 @@ def where(policy, other, tasks, scenes):
     """
     cells = []
     for name, blocks, timesteps in tqdm(parts_of(policy), desc="where", leave=False):
-        history, generator = new_scenes(policy, scenes)
+        history, generator = new_scenes(policy, tasks[0], scenes)
         mixture = Mixture(policy, other, blocks, timesteps)
         states = play_leg(mixture, tasks[0], history, WHERE, generator, stops=False)["states"]
         cell = {"cell": name, "goals": []}
@@ -336,7 +337,7 @@ def measure_files(files, different_heads, scenes):
     policies = [DiffusionPolicy.load(file) for file in files]
     if len(policies) > 1:
         check_pair(*policies, different_heads)
-        return measure_pair(*policies, NORMAL if different_heads else SWAP, scenes)
+        return measure_pair(*policies, DIFFER if different_heads else SWAP, scenes)
     tasks = tasks_of(policies[0]).split(",")
     if len(tasks) < 2:
         raise ValueError(f"{files[0]} pursues one goal, {tasks[0]}: give a second policy")
@@ -350,7 +351,7 @@ def main(arguments=None):
     parser.error = lambda message: parser.exit(2, f"swap: {message} (--help tells more)\n")
     flag = parser.add_argument
     flag("policies", nargs="*", type=Path, metavar="POLICY", help="none, one or two policy.pt")
-    flag("--different-heads", action="store_true", help="a control: the heads need not be equal")
+    flag("--different-heads", action="store_true", help="of two policies, as a control: their heads need not be equal")
     flag("--scenes", type=bounded(1, 10_000), default=200, metavar="N", help="default 200")
     flag("--seeds", type=bounded(2, 100), default=RUNS.seeds, metavar="N",
          help="without POLICY: how many seeds; default 3")
@@ -364,6 +365,8 @@ def main(arguments=None):
     try:
         if len(files) > 2:
             raise ValueError(f"{len(files)} policies are given; allowed: 0 to 2")
+        if options.different_heads and len(files) < 2:
+            raise ValueError("--different-heads means nothing without two policies")
         if out and (out == Path() or out.is_file()):
             raise ValueError(f"--out {out} is no name of its own for a folder")
         if files:
@@ -372,7 +375,7 @@ def main(arguments=None):
         else:
             cells, *drawn = measure_seeds(options.seeds, options.scenes)
         if out or not files:
-            command = shlex.join(["python", "-m", "results.swap", *(arguments or sys.argv[1:])])
+            command = shlex.join(["python", "-m", "results.swap", *(sys.argv[1:] if arguments is None else arguments)])
             cells = [cell | {"command": command} for cell in cells]
             swap_report.publish(cells, *drawn, out or compare.HERE)
         if not (out or files):

@@ -148,7 +148,7 @@ def test_a_leg_begins_where_each_scene_ended_the_last_one(monkeypatch):
 def test_where_plays_on_although_the_goal_is_covered(pair, monkeypatch):
     """So that both goals can be counted, whatever came first; the scenes are those of the legs."""
     near = sim_pusht.TASKS["full"][1]
-    monkeypatch.setattr(swap, "new_scenes", lambda policy, scenes: (
+    monkeypatch.setattr(swap, "new_scenes", lambda policy, task, scenes: (
         np.tile([30.0, 30.0, *near], (scenes, 2, 1)), torch.Generator().manual_seed(0)))
     monkeypatch.setattr(swap, "parts_of", lambda policy: [("nothing", [], [])])
     policy = Standing()
@@ -240,10 +240,11 @@ def test_a_policy_for_several_goals_follows_its_goal(tmp_path, capsys):
 def test_only_on_request_may_heads_differ(tmp_path, capsys):
     files = save(tmp_path, a=policy_for("full"), b=policy_for("away"))
     swap.main([*map(str, files), "--scenes", "2", "--different-heads"])
-    assert f"| {swap.NORMAL} |" in capsys.readouterr().out
+    assert f"| {swap.DIFFER} |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words, told", [
+    ("full.pt --different-heads", "means nothing without two policies"),
     ("full.pt other.pt", "different heads; make the second with --decoupled --action-head"),
     ("full.pt full.pt", "both policies pursue one goal, that of task full"),
     ("full.pt wide.pt", "heads of different kinds: width 128 and 64"),
