@@ -453,7 +453,7 @@ MUTANTS = [
      "test_relative_features_by_hand",
      "Both scales coarse: 2 px are 1/128."),
     ("state-fine-px", "film.py",
-     "COARSE, FINE = 256.0, 20.0", "COARSE, FINE = 256.0, 2.0",
+     "FINE = 20.0 ", "FINE = 2.0 ",
      "test_relative_features_by_hand",
      "The fine features saturate at 2 px."),
     ("joints-cos-twice", "film.py",

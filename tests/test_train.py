@@ -240,8 +240,8 @@ def test_an_action_head_that_cannot_be_used_is_refused(head, capsys, demos, tmp_
 
     assert "no policy file at" in line(tmp_path / "nowhere.pt", "--decoupled")
     assert "cut.pt is not a readable" in line(tmp_path / "cut.pt", "--decoupled")
-    assert "format 99, this code reads 2" in line(tmp_path / "future.pt", "--decoupled")
-    assert "format None, this code reads 2" in line(tmp_path / "old.pt", "--decoupled")
+    assert "format 99, this code reads 3" in line(tmp_path / "future.pt", "--decoupled")
+    assert "format None, this code reads 3" in line(tmp_path / "old.pt", "--decoupled")
     for name in ("hole", "list"):
         assert f"{name}.pt does not fit this code" in line(tmp_path / f"{name}.pt", "--decoupled")
     assert "horizon 10, not 16" in line(tmp_path / "short.pt", "--decoupled")
@@ -502,9 +502,10 @@ def test_each_rate_and_each_sum_of_the_summary_is_of_its_own_seconds():
     config, _ = train.parse(["--decoupled", "--steps", "900", "--stage1-steps", "200"])
     policy = stage2_policy(observation="none", horizon=2)
     result = dict(max_coverage=np.array([0.5, 0.96]), final_coverage=np.array([0.4, 0.1]))
+    results = {"full": result}
     for seconds in (dict(demonstrations=7.0, stage1=4.0, stage2=30.0, evaluation=50.0),
                     dict(demonstrations=7.0, stage2=30.0, evaluation=50.0)):
-        summary = train.summarise(policy, result, config, SimpleNamespace(seconds=seconds))
+        summary = train.summarise(policy, results, config, SimpleNamespace(seconds=seconds))
         rates = {stage: rate for stage, rate in (("stage1", 200 / 4), ("stage2", 900 / 30))
                  if stage in seconds}
         assert summary["iterations_per_second"] == rates
@@ -579,7 +580,7 @@ def test_a_picture_s_titles_are_those_of_its_task(task, tmp_path, monkeypatch):
     goal = sim_pusht.TASKS[task][1]
     states = np.stack([[[50, 50, *goal], [50, 50, 100, 100, 0]]] * 3)
     result = dict(states=states, length=np.array([2, 1]))
-    train.draw_rollouts(result, task, tmp_path)
+    train.draw_rollouts({task: result}, tmp_path)
     assert titles[0][:2] == ["2 steps, coverage 1.00", "1 steps, coverage 0.00"]
 
 
@@ -660,12 +661,12 @@ def test_a_run_of_an_older_version_is_one_line(capsys, demos, tmp_path):
     out = tmp_path / "run"
     run_main(*tiny(demos, out))
     config = json.loads((out / "config.json").read_text())
-    assert config["format"] == 3
+    assert config["format"] == 4
     checkpoint = (out / "checkpoint.pt").read_bytes()
-    for older in (2, None):
+    for older in (3, None):
         (out / "config.json").write_text(json.dumps(config | {"format": older, "evaluate": "None"}))
         line = refused(capsys, *tiny(demos, out, "--resume"))
-        assert f"config.json is of another version of this code (format {older}, here 3)" in line
+        assert f"config.json is of another version of this code (format {older}, here 4)" in line
     assert (out / "checkpoint.pt").read_bytes() == checkpoint
 
 
