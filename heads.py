@@ -106,7 +106,7 @@ class MLP(Backbone):
 
 
 def rows(table, numbers):
-    """table[numbers]. But two threads add up the gradient of the brackets in no fixed order."""
+    """The same as table[numbers], whose gradient two threads add up in no fixed order."""
     return table.index_select(0, numbers.flatten()).unflatten(0, numbers.shape)
 
 

@@ -786,9 +786,9 @@ def _two_pushes(error, turn, pivot, first):
     middle_turn = turn * turned
     pivot2 = middle + middle_turn * PLAN_PIVOTS
     second = _best_turn(middle, middle_turn, pivot2, PLAN_RATES)
-    turned = unit(second)
-    end = pivot2 + (middle - pivot2) * turned
-    return pivot2, second, end, middle_turn * turned
+    turned2 = unit(second)
+    end = pivot2 + (middle - pivot2) * turned2
+    return pivot2, second, end, middle_turn * turned2
 
 
 def _best_turn(error, turn, pivot, rate):

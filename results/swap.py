@@ -351,7 +351,8 @@ def main(arguments=None):
     parser.error = lambda message: parser.exit(2, f"swap: {message} (--help tells more)\n")
     flag = parser.add_argument
     flag("policies", nargs="*", type=Path, metavar="POLICY", help="none, one or two policy.pt")
-    flag("--different-heads", action="store_true", help="of two policies, as a control: their heads need not be equal")
+    flag("--different-heads", action="store_true",
+         help="of two policies, as a control: their heads need not be equal")
     flag("--scenes", type=bounded(1, 10_000), default=200, metavar="N", help="default 200")
     flag("--seeds", type=bounded(2, 100), default=RUNS.seeds, metavar="N",
          help="without POLICY: how many seeds; default 3")
@@ -375,7 +376,8 @@ def main(arguments=None):
         else:
             cells, *drawn = measure_seeds(options.seeds, options.scenes)
         if out or not files:
-            command = shlex.join(["python", "-m", "results.swap", *(sys.argv[1:] if arguments is None else arguments)])
+            words = sys.argv[1:] if arguments is None else arguments
+            command = shlex.join(["python", "-m", "results.swap", *words])
             cells = [cell | {"command": command} for cell in cells]
             swap_report.publish(cells, *drawn, out or compare.HERE)
         if not (out or files):
