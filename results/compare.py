@@ -58,15 +58,14 @@ FILES = {
 class Preset:
     """A question, and its rows: label | flags of train.py | paper, once for each of `recipes`.
 
-    paper: success in % on MimicGen, in the first version / in the second; x: no such run. Flags
-    "history": shown as once collected, but not run again, for the flags are gone from train.py.
+    paper: success in % on MimicGen, in the first version / in the second; x: no such run.
     Flags that end in APART: a run for each of the tasks, which together are one row.
     """
     question: str
     rows: str
     recipes: tuple = ("",)
     task: str = "near"
-    seeds: int = 2
+    seeds: int = 3
 
     def table(self):
         """The rows as [(label, flags, paper), ...], one for each recipe."""
@@ -84,25 +83,21 @@ PRESETS = {
     "main": Preset("Does freezing cost success?", """
         full                              | --task full MLP | 64.3 / 65.9 | 61.1 / 61.2 | -
         near                              | --task near MLP | -           | -           | -
-        """, ("normal", "decoupled", "random frozen"), task="", seeds=3),
+        """, ("normal", "decoupled", "random frozen"), task=""),
     "recipes": Preset("With every head?", """
         DP-MLP                            | MLP                 | 64.3 / 65.9 | 61.1 / 61.2 | - | -
         DP-C                              | UNET          | 64.0 / 63.6 | 63.4 / 62.2 | - / 0.0 | -
         DP-T, cross-attention             | DPT cross-attention | 59.8 / 60.4 | 38.7 / 19.4 | - | -
         DP-T, FiLM                        | DPT film            | 58.6 / -    | 53.4 / -    | - | -
-        """, ("normal", "decoupled", "random frozen", "unfrozen after stage 1"), seeds=3),
+        """, ("normal", "decoupled", "random frozen", "unfrozen after stage 1")),
     "conditioning": Preset("Which mechanism survives?", """
         film                                      | DPT film            | 59.5 | 51.8 | -
-        additive                                  | DPT additive        | 57.0 | 45.3 | -
-        additive, random start                    | history             | -    | -    | x
+        additive                                  | DPT additive        | 57.0 | 45.3 | x
         adaln                                     | DPT adaln           | 62.0 | 62.3 | x
         adarms                                    | DPT adarms          | 63.8 | 60.0 | x
-        adaln-zero                                | DPT adaln-zero      | 64.0 | 64.5 | -
+        adaln-zero                                | DPT adaln-zero      | 64.0 | 64.5 | x
         cross-attention                           | DPT cross-attention | 61.3 | 19.8 | -
-        prefix                                    | DPT prefix          | 56.3 | 19.5 | -
-        prefix, twice the updates                 | DPT prefix --steps 10000 | -    | -    | x
-        cross-attention, two tokens in stage 1    | history             | x    | -    | x
-        cross-attention, keys and values trained  | history             | x    | -    | x
+        prefix, twice the updates                 | DPT prefix --steps 10000 | 56.3 | 19.5 | x
         film on DP-MLP                            | MLP                 | -    | -    | -
         """, ("normal", "decoupled", "decoupled, biases kept")),
     "source": Preset("Does the stage-1 signal matter?", """
@@ -133,7 +128,7 @@ PRESETS = {
         width 32                       | MLP --decoupled --width 32                     | -
         width 64                       | MLP --decoupled --width 64                     | -
         width 128                      | MLP --decoupled                                | -
-        """, seeds=3),
+        """),
     "sharing": Preset("Does one head serve all tasks?", """
         near, normal                   | --task near MLP                                | -
         near, head of free arm motion  | --task near MLP --decoupled                    | -
@@ -158,7 +153,7 @@ PRESETS = {
         """, task=""),
     "human": Preset("What do human demonstrations take?", """
         206 human demonstrations, DP-MLP | MLP HUMAN | - | -
-        """, ("normal", "decoupled"), task="full", seeds=3),
+        """, ("normal", "decoupled"), task="full"),
     "pixels": Preset("Can it see?", """
         near, state decoupled                 | --task near MLP --decoupled                   | -
         near, pixels normal                   | --task near MLP PIXELS                        | -
@@ -172,22 +167,15 @@ PRESETS = {
     "goals": Preset("One policy for three goals?", """
         one policy, 12,000 updates          | MLP                    | 61.3 | 63.1 | -
         three policies, 4,000 updates each  | MLP --steps 4000 APART | -    | -    | -
-        one policy, 36,000 updates          | MLP --steps 36000      | 61.3 | 63.1 | -
+        one policy, 36,000 updates          | MLP --steps 36000      | 61.3 | 63.1 | x
         three policies, 12,000 updates each | MLP APART              | -    | -    | -
-        """, ("normal", "decoupled", "random frozen"), task="full,away,corner", seeds=3),
-    "observation": Preset("What must it see?", """
-        relative corners, two scales        | history                                   | -
-        gym-pusht's keypoints               | history                                   | -
-        relative corners, absolute actions  | history                                   | -
-        """, task="full"),
+        """, ("normal", "decoupled", "random frozen"), task="full,away,corner"),
 }
 
 
 def runs(preset, seeds):
     """All runs of a preset that can be made: (label, seed, folder, command as a list)."""
     for label, flags, _ in preset.table():
-        if flags.startswith("history"):
-            continue
         words = f"--task {preset.task} {flags}" if preset.task else flags
         for word, meaning in (HEADS | FILES).items():
             words = words.replace(word, meaning)
@@ -318,7 +306,7 @@ def main():
     parser.error = lambda message: parser.exit(2, f"compare: {message} (--help tells more)\n")
     flag = parser.add_argument
     flag("preset", nargs="?", choices=PRESETS)
-    flag("--seeds", type=int, help="default 2 or 3, see PRESETS")
+    flag("--seeds", type=int, help="default 3")
     flag("--out", type=Path, default=HERE, help="where table and figure go; default results/")
     flag("--list", action="store_true", help="print the missing runs' commands")
     flag("--collect", action="store_true", help="run nothing")

@@ -323,11 +323,13 @@ def measure_seed(policies, other_seed, scenes):
 def measure_seeds(seeds, scenes):
     """Make all runs that are missing, and measure them; the pictures show seed 0."""
     compare.make(RUNS, seeds)
-    policies = [{} for _ in range(seeds)]
+    policies, commits = [{} for _ in range(seeds)], set()
     for label, seed, folder, _ in compare.runs(RUNS, seeds):
         policies[seed][label] = DiffusionPolicy.load(folder / "policy.pt")
+        commits.add(report.read(folder / "summary.json")["commit"])
     measured = [measure_seed(policies[seed], policies[seed - 1], scenes) for seed in range(seeds)]
-    cells = [cell | {"seed": seed} for seed, (found, *_) in enumerate(measured) for cell in found]
+    cells = [cell | {"seed": seed, "commit": ", ".join(sorted(commits))}
+             for seed, (found, *_) in enumerate(measured) for cell in found]
     cells = [cell for kind in ("legs", "goals", "shares") for cell in cells if kind in cell]
     return cells, *measured[0][1:]
 

@@ -57,7 +57,10 @@ def tables(cells):
             rows.append([label, *(f"{mean:.2f}" for mean in means)])
         text += "\n" + report.markdown(rows)
     seeds = len({cell["seed"] for cell in cells})
-    return text + f"\n{seeds} seed(s), {cells[0]['scenes']} scenes each.\n"
+    text += f"\n{seeds} seed(s), {cells[0]['scenes']} scenes each."
+    if "commit" in cells[0]:     # of policies that were trained for this table
+        text += f" Commits: {cells[0]['commit']}."
+    return text + "\n"
 
 
 def draw(cells, blocks, path):

@@ -46,7 +46,7 @@ def write_run(folder, log, arguments=(), **summary):
 # The grid ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", compare.PRESETS)
-def test_every_row_is_a_command_of_its_own_or_history(name):
+def test_every_row_is_a_command_of_its_own(name):
     """Each command parses, and two rows with one folder are one command (presets share runs)."""
     preset, folders = compare.PRESETS[name], {}
     rows = preset.table()
@@ -56,8 +56,7 @@ def test_every_row_is_a_command_of_its_own_or_history(name):
         assert set(config.task.split(",")) <= set((preset.task or config.task).split(","))
         assert config.out == folder
         assert folders.setdefault(folder, command) == command
-    number = sum(3 if "APART" in flags else 1 for _, flags, _ in rows
-                 if not flags.startswith("history"))
+    number = sum(3 if "APART" in flags else 1 for _, flags, _ in rows)
     assert len(folders) == number * preset.seeds
 
 
@@ -72,12 +71,12 @@ def test_recipes_is_four_heads_by_four_recipes_by_three_seeds():
 def test_a_row_stands_for_each_of_its_recipes_but_those_marked_x():
     preset = compare.Preset("?", """
         a, b | MLP --width 8 | 1 / 2 | x
-        c    | history       | -     | 3
+        c    | MLP           | -     | 3
         """, ("normal", "decoupled"))
     assert preset.table() == [("a, b, normal", "MLP --width 8 ", "1 / 2"),
-                              ("c, normal", "history ", "-"),
-                              ("c, decoupled", "history --decoupled", "3")]
-    ((label, seed, folder, command),) = compare.runs(preset, 1)
+                              ("c, normal", "MLP ", "-"),
+                              ("c, decoupled", "MLP --decoupled", "3")]
+    label, seed, folder, command = next(compare.runs(preset, 1))
     assert (label, seed, str(folder)) == ("a, b, normal", 0, "runs/compare/near-mlp-width-8-seed0")
     assert command == shlex.split("train.py --task near --backbone mlp --width 8 --seed 0 "
                                   "--out runs/compare/near-mlp-width-8-seed0")
@@ -98,7 +97,7 @@ def test_list_prints_only_what_is_missing_and_resumes_what_was_interrupted(tmp_p
     (tmp_path / begun).mkdir(parents=True)
     (tmp_path / begun / "config.json").write_text("")
     listed = call(tmp_path, "source", "--list").stdout.splitlines()
-    assert len(listed) == 8 * 2 - 1 and all(line.startswith("python train.py ") for line in listed)
+    assert len(listed) == 8 * 3 - 1 and all(line.startswith("python train.py ") for line in listed)
     assert not any(str(done) in shlex.split(line) for line in listed)
     assert [str(begun) in line for line in listed if line.endswith(" --resume")] == [True]
 
@@ -212,17 +211,6 @@ def test_a_damaged_file_of_one_run_is_named_and_the_others_are_collected(name, t
     said = capsys.readouterr().err
     assert [cell["seed"] for cell in found if cell["cell"] == "DP-MLP, joint angles"][-1] == 1
     assert len(found) == 1 and str(folders[0]) in said and len(said.splitlines()) == 1
-
-
-def test_history_is_shown_as_it_was_collected_and_never_run(tmp_path):
-    preset = compare.PRESETS["observation"]
-    assert list(compare.runs(preset, 9)) == []
-    label = preset.table()[1][0]
-    write(tmp_path / "observation.json", [cell(label)])
-    (kept,) = compare.collect(preset, tmp_path / "observation.json")
-    assert kept["cell"] == label
-    done = call(tmp_path, "observation", "--out", str(tmp_path))
-    assert done.returncode == 0 and f"| {label} | 0.500 ± 0.030 |" in done.stdout, done.stderr
 
 
 def test_publishing_to_another_folder_leaves_the_results_alone(tmp_path):
@@ -414,14 +402,11 @@ def test_a_run_of_another_kind_or_none_is_refused(committed, tmp_path):
 
 
 def test_every_committed_run_knows_its_settings():
-    """So --check can find those of its kind; rows that are history have none to compare with."""
+    """So --check can find those of its kind."""
     optional = {"keep_biases", "action_head", "observation", "corner_weight"}
     for file in (ROOT / "results").glob("*.json"):
         if file.stem == "swap":     # it measures policies that it has not trained by itself
             continue
-        preset = compare.PRESETS[file.stem]
-        history = {label for label, flags, _ in preset.table() if flags.startswith("history")}
         for found in report.read(file)["cells"]:
-            assert found["cell"] in history or \
-                set(found["settings"]) - optional == set(report.KIND)
-            assert ("observation" in found.get("settings", {})) == ("pixels" in found["cell"])
+            assert set(found["settings"]) - optional == set(report.KIND)
+            assert ("observation" in found["settings"]) == ("pixels" in found["cell"])

@@ -336,7 +336,7 @@ def test_without_a_policy_all_seeds_are_measured_and_written(tmp_path, monkeypat
         head = heads.setdefault(key, make_backbone("mlp"))
         config.out.mkdir(parents=True)
         policy_for(config.task, head).save(config.out / "policy.pt")
-        (config.out / "summary.json").write_text("{}")
+        (config.out / "summary.json").write_text('{"commit": "abc"}')
 
     monkeypatch.setattr(compare, "execute", execute)
     monkeypatch.setattr(swap_report, "animate", lambda *_: None)
@@ -349,7 +349,7 @@ def test_without_a_policy_all_seeds_are_measured_and_written(tmp_path, monkeypat
     legs = [(cell["cell"], cell["seed"]) for cell in cells if "legs" in cell]
     assert legs == [(label, seed) for seed in (0, 1) for label in (
         swap.SWAP, swap.STAYS, swap.OTHER_SEED, swap.RANDOM, swap.NORMAL, swap.MOVES)]
-    assert "2 seed(s), 2 scenes each." in (tmp_path / "out/swap.md").read_text()
+    assert "2 seed(s), 2 scenes each. Commits: abc." in (tmp_path / "out/swap.md").read_text()
     swap.main(["--seeds", "2", "--scenes", "2", "--out", "out"])
     assert len(ran) == 14     # nothing is run twice
 
