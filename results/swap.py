@@ -178,11 +178,11 @@ def parts_of(policy):
     for size in range(1, number if number <= 4 else 2):     # all blocks: the last part below
         for first in range(number - size + 1):
             blocks = range(first, first + size)
-            name = " ".join(str(block + 1) for block in blocks)
-            parts.append((f"blocks {name}", blocks, timesteps))
+            numbers = " ".join(str(block + 1) for block in blocks)
+            parts.append((f"block{'s' * (size > 1)} {numbers}", blocks, timesteps))
     counts = sorted({max(1, len(timesteps) * tenth // 10) for tenth in range(1, 11)})
-    return parts + [(f"last {count} denoising steps", range(number), timesteps[-count:])
-                    for count in counts]
+    return parts + [(f"last {count} denoising step{'s' * (count > 1)}", range(number),
+                     timesteps[-count:]) for count in counts]
 
 
 def where(policy, other, tasks, scenes):

@@ -64,53 +64,64 @@ def tables(cells):
 
 
 def draw(cells, blocks, path):
-    """Bars of the legs; success by block and by denoising step; a heat map for each block.
+    """Bars of the legs; the score by block and by denoising step; a heat map for each block.
 
     blocks: for each block, how far gamma is from doing nothing, (task, scene, D).
     """
     kinds = split(cells)
-    figure = Figure(figsize=(13, 9), layout="constrained")
-    upper, lower = figure.subfigures(2, 1)
-    legs_axis, blocks_axis, steps_axis = upper.subplots(1, 3, width_ratios=(2, 1, 1.5))
+    with report.style():
+        figure = Figure(figsize=(8, 13), layout="constrained")
+        legs, parts, heat = figure.subfigures(3, 1, height_ratios=(5, 3.5, 4.5))
+        draw_legs(legs, kinds["legs"])
+        draw_parts(parts, kinds["goals"])
+        draw_modulations(heat, blocks)
+        figure.savefig(path, dpi=100)
+
+
+def draw_legs(figure, by_label):
+    axis = figure.subplots()
     for leg, name in enumerate(LEGS):
         means = [report.spread([cell["legs"][leg] for cell in group], "success_rate")
-                 for group in kinds["legs"].values()]
+                 for group in by_label.values()]
         mean, error = np.array(means).T
         heights = np.arange(len(means)) + 0.27 * (leg - 1)
-        legs_axis.barh(heights, mean, 0.25, xerr=error, label=name, color=f"C{leg}")
-    legs_axis.set_yticks(range(len(kinds["legs"])),
-                         [label.replace(": ", ":\n") for label in kinds["legs"]])
-    legs_axis.set(xlim=(0, 1), xlabel="success", title="Three legs: there, elsewhere, back")
-    legs_axis.invert_yaxis()
-    for axis, word, title in ((blocks_axis, "blocks", "Blocks modulated by the second"),
-                              (steps_axis, "last", "Last denoising steps modulated by it")):
-        labels = [label for label in kinds["goals"]
-                  if label == "nothing" or label.startswith(word)]
+        axis.barh(heights, mean, 0.25, xerr=error, label=name, color=f"C{leg}")
+    axis.set_yticks(range(len(by_label)), [label.replace(": ", ":\n") for label in by_label])
+    axis.set(xlim=(0, 1), title="success in three legs: there, elsewhere, back")
+    axis.invert_yaxis()
+    figure.legend(*axis.get_legend_handles_labels(), ncols=3, loc="outside lower center")
+
+
+def draw_parts(figure, by_label):
+    """Score towards both goals: of 200 steps, few scenes succeed with a part of the modulations."""
+    axes = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2))
+    for axis, word, title in zip(axes, ("block", "last"), ("this block", "the last k steps")):
+        labels = [label for label in by_label if label == "nothing" or label.startswith(word)]
         for goal, name in enumerate(("first goal", "second goal")):
-            means = [report.spread([cell["goals"][goal] for cell in kinds["goals"][label]],
-                                   "success_rate") for label in labels]
+            means = [report.spread([cell["goals"][goal] for cell in by_label[label]], "score")
+                     for label in labels]
             axis.errorbar(range(len(labels)), *np.array(means).T, label=name, capsize=3,
                           color=f"C{goal}", fmt="o-" if word == "last" else "o")
-        short = [label.removeprefix("blocks ").split(" denoising")[0].removeprefix("last ")
-                 for label in labels]
-        axis.set_xticks(range(len(labels)), short)
-        axis.set(ylim=(0, 1), title=title, ylabel="success")
-    for axis in (legs_axis, steps_axis):
-        axis.figure.legend(*axis.get_legend_handles_labels(), ncols=3, fontsize="small",
-                           loc="outside lower left" if axis is legs_axis else "outside lower right")
-    lower.suptitle("How each block is modulated at the last denoising step; 0 changes nothing "
-                   "(FiLM: gamma - 1).\nA row is a scene: above the line with the first "
-                   "conditioning, below it with the second.\nFeatures are sorted by the "
-                   "difference.", fontsize="medium")
-    axes = lower.subplots(1, len(blocks), squeeze=False)[0]
+        numbers = [label.split(" ", 1)[1].split(" denoising")[0] for label in labels[1:]]
+        axis.set_xticks(range(len(labels)), ["none" if word == "block" else "0", *numbers])
+        axis.set(ylim=(0, 1), title=f"{title} from the second")
+    axes[0].set_ylabel("score")
+    figure.legend(*axes[1].get_legend_handles_labels(), ncols=2, loc="outside lower center")
+
+
+def draw_modulations(figure, blocks):
+    figure.suptitle("What modulates each block at the last denoising step (FiLM: gamma - 1).\n"
+                    "Above the line: scenes with the first conditioning.\n"
+                    "Below: the same scenes with the second.", fontsize=12)
+    axes = figure.subplots(1, len(blocks), squeeze=False)[0]
+    limit = np.percentile(np.abs(blocks), 95)
     for number, (axis, block) in enumerate(zip(axes, blocks)):
         order = np.argsort(block[1].mean(0) - block[0].mean(0))
         image = axis.imshow(np.concatenate(block)[:, order], cmap="coolwarm", aspect="auto",
-                            vmin=-2, vmax=2)
+                            vmin=-limit, vmax=limit)
         axis.axhline(len(block[0]) - 0.5, color="k")
-        axis.set(title=f"block {number + 1}", xlabel="feature", ylabel="scene", yticks=[])
-    lower.colorbar(image, ax=axes)
-    figure.savefig(path, dpi=80)
+        axis.set(title=f"block {number + 1}", xlabel="features, by the difference", yticks=[])
+    figure.colorbar(image, ax=axes)
 
 
 def animate(frames, path):
@@ -123,7 +134,8 @@ def animate(frames, path):
     beside.set(xlabel="gamma - 1, then beta, of every fourth feature", ylabel="block")
     beside.set_yticks(range(len(strip)), range(1, len(strip) + 1))
     shown = board.imshow(picture)
-    image = beside.imshow(strip, cmap="coolwarm", aspect="auto", vmin=-1.5, vmax=1.5,
+    limit = np.percentile(np.abs([strip for _, strip, _ in frames]), 95)
+    image = beside.imshow(strip, cmap="coolwarm", aspect="auto", vmin=-limit, vmax=limit,
                           interpolation="nearest")
     title = figure.suptitle(" ")
 

@@ -88,7 +88,7 @@ def test_a_block_and_a_step_are_those_that_are_named(pair):
 def test_parts_are_each_block_its_neighbours_and_the_last_steps(pair):
     parts = {name: (list(blocks), list(steps)) for name, blocks, steps in swap.parts_of(pair[0])}
     every = list(range(90, -1, -10))
-    assert parts["nothing"] == ([], []) and parts["blocks 2"] == ([1], every)
+    assert parts["nothing"] == ([], []) and parts["block 2"] == ([1], every)
     assert parts["last 2 denoising steps"] == ([0, 1], [10, 0])
     assert parts["last 10 denoising steps"] == ([0, 1], every) and "blocks 1 2" not in parts
     assert len(parts) == 1 + 2 + 10
@@ -208,7 +208,7 @@ def test_a_pair_is_played_printed_and_drawn_on_request(head, tmp_path, capsys, m
                  b=policy_for("away", backbone, sampling_steps=2))
     swap.main([*map(str, files), "--scenes", "2"])
     printed = capsys.readouterr().out
-    for row in (swap.SWAP, "nothing", "blocks 1", "last 1 denoising steps", "block 1, gamma"):
+    for row in (swap.SWAP, "nothing", "block 1", "last 1 denoising step", "block 1, gamma"):
         assert f"| {row} |" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b.pt"]
     if head == "mlp":
@@ -225,7 +225,7 @@ def test_a_head_of_tokens_is_swapped_but_has_no_modulations(tmp_path, capsys):
     files = save(tmp_path, a=policy_for("full", backbone), b=policy_for("away", backbone))
     swap.main([*map(str, files), "--scenes", "2"])
     printed = capsys.readouterr()
-    assert f"| {swap.SWAP} |" in printed.out and "blocks" not in printed.out
+    assert f"| {swap.SWAP} |" in printed.out and "| block" not in printed.out
     assert "takes tokens" in printed.err
 
 
@@ -325,7 +325,7 @@ def test_without_a_policy_all_seeds_are_measured_and_written(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     goal = dict(success_rate=0.5, success_se=0.1, score=0.6, score_se=0.1)
     monkeypatch.setattr(swap, "where", lambda *_: [
-        {"cell": name, "goals": [goal, goal]} for name in ("nothing", "blocks 1", "last 1")])
+        {"cell": name, "goals": [goal, goal]} for name in ("nothing", "block 1", "last 1")])
     ran, heads = [], {}
 
     def execute(command):
