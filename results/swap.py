@@ -356,16 +356,19 @@ def main(arguments=None):
     flag("--different-heads", action="store_true",
          help="of two policies, as a control: their heads need not be equal")
     flag("--scenes", type=bounded(1, 10_000), default=200, metavar="N", help="default 200")
-    flag("--seeds", type=bounded(2, 100), default=RUNS.seeds, metavar="N",
+    flag("--seeds", type=bounded(2, 100), metavar="N",
          help="without POLICY: how many seeds; default 3")
     flag("--list", action="store_true", help="without POLICY: print the missing runs' commands")
     flag("--out", type=Path, metavar="FOLDER",
          help="where files go; default results/, for given policies: nothing is written")
     options = parser.parse_args(arguments)
     files, out = options.policies, options.out
-    if options.list:
-        return compare.make(RUNS, options.seeds, only_list=True)
+    seeds = options.seeds or RUNS.seeds
     try:
+        if files and (options.list or options.seeds):
+            raise ValueError("--list and --seeds mean nothing beside a policy")
+        if options.list:
+            return compare.make(RUNS, seeds, only_list=True)
         if len(files) > 2:
             raise ValueError(f"{len(files)} policies are given; allowed: 0 to 2")
         if options.different_heads and len(files) < 2:
@@ -376,7 +379,7 @@ def main(arguments=None):
             cells, *drawn = measure_files(files, options.different_heads, options.scenes)
             cells = [cell | {"seed": 0} for cell in cells]
         else:
-            cells, *drawn = measure_seeds(options.seeds, options.scenes)
+            cells, *drawn = measure_seeds(seeds, options.scenes)
         if out or not files:
             words = sys.argv[1:] if arguments is None else arguments
             command = shlex.join(["python", "-m", "results.swap", *words])

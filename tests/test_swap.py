@@ -253,6 +253,8 @@ def test_only_on_request_may_heads_differ(tmp_path, capsys):
     ("full.pt", "pursues one goal, full: give a second policy"),
     ("full.pt stage1.pt", "the policy observes joints"), ("full.pt none.pt", "none.pt"),
     ("full.pt away.pt other.pt", "3 policies are given; allowed: 0 to 2"),
+    ("full.pt away.pt --list", "mean nothing beside a policy"),
+    ("full.pt away.pt --seeds 3", "mean nothing beside a policy"),
     ("full.pt away.pt --scenes 0", "0 is out of range"), ("--seeds 1", "allowed: 2 to 100")])
 def test_what_cannot_be_exchanged_is_one_line(words, told, tmp_path, monkeypatch, capsys):
     backbone = make_backbone("mlp")
@@ -265,7 +267,7 @@ def test_what_cannot_be_exchanged_is_one_line(words, told, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as stop:
-        swap.main([*words.split(), *["--out", "out"] * ("--seeds" not in words)])
+        swap.main([*words.split(), *["--out", "out"] * (words != "--seeds 1")])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith("swap: ") and told in said, said
     assert len(said.strip().splitlines()) == 1 and sorted(tmp_path.iterdir()) == before
