@@ -6,8 +6,8 @@
                                           writes results/swap.json, .md, .png and .gif
 
 Two decoupled policies that were made from one --action-head, or with one seed, hold the same
-backbone, bit for bit. All that differs between them is `policy.conditioning`. So the following
-tests the claim that the task is in there.
+backbone, bit for bit. All that differs between them is `policy.conditioning`: by construction the
+task is in there. What can fail, and is measured, is the exchange in the middle of an episode.
 1. The swap. Policy A plays until the block covers A's goal, or for 300 steps. There the
    conditioning of B takes A's place in the same head, and then A's comes back: three legs.
 2. Controls: no swap; conditionings that were trained with another seed's head; a head frozen at
@@ -35,7 +35,8 @@ from results.evaluate import bounded, goals_of, tasks_of
 LEG = 300        # control steps that a leg may take
 WHERE = 200      # control steps with the modulations of two conditionings
 # Stage 1 knows no task: of one seed, the decoupled policies of `full` and `away` hold the same
-# head, bit for bit, and so do the two with a random one. (check_pair looks.)
+# head, bit for bit, and so do the two with a random one. (check_pair looks.) A row, as in
+# compare.py: label | flags of train.py | what the paper has, which is nothing here.
 RUNS = compare.Preset("Can one see it?", """
     full, decoupled | --task full MLP --decoupled            | -
     away, decoupled | --task away MLP --decoupled            | -
@@ -53,6 +54,7 @@ RANDOM = "control: in a head of random weights, frozen"
 NORMAL = "control: in a normally trained backbone"
 MOVES = "one policy for several goals: the goal moves"
 DIFFER = "the conditioning is swapped, the heads differ"     # of two files
+EVERYTHING = "all blocks, all denoising steps"
 
 
 # The pair ----------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def play_leg(policy, task, history, steps, generator, stops=True):
     first = [history]
 
     def act(past):
-        past = first.pop() if first else past
+        past = first.pop() if first else past     # sim_pusht.play would repeat the first state
         seen = sim_pusht.observe(past, policy.conditioning.encoder.observation, env.goal)
         return policy.act(seen, generator).cpu().numpy()
 
@@ -140,6 +142,12 @@ def new_scenes(policy, task, scenes):
     return np.repeat(states[:, None], policy.obs_steps, 1), generator
 
 
+def last_states(states, times, obs_steps):
+    """What is observed (n, To, 5) of n scenes, each at its own of `times`; states (steps, n, 5)."""
+    steps = np.array(times) + np.arange(1 - obs_steps, 1)[:, None]     # (To, n)
+    return states[np.maximum(steps, 0), np.arange(len(times))].swapaxes(0, 1)
+
+
 def play_legs(policies, tasks, scenes):
     """One policy and task after the other, each scene from where its last leg ended.
 
@@ -149,8 +157,7 @@ def play_legs(policies, tasks, scenes):
     results = []
     for policy, task in zip(policies, tasks):
         result = play_leg(policy, task, history, LEG, generator)
-        last = result["length"] + np.arange(1 - policy.obs_steps, 1)[:, None]     # (To, B)
-        history = result["states"][np.maximum(last, 0), np.arange(scenes)].swapaxes(0, 1)
+        history = last_states(result["states"], result["length"], policy.obs_steps)
         results.append(result)
     return results
 
@@ -175,14 +182,15 @@ def parts_of(policy):
     number = len(policy.backbone.modulation_widths)
     timesteps = list(policy.ddpm.timesteps(policy.sampling_steps))
     parts = [("nothing", [], [])]
-    for size in range(1, number if number <= 4 else 2):     # all blocks: the last part below
+    for size in range(1, number):     # all blocks: the last part below
         for first in range(number - size + 1):
             blocks = range(first, first + size)
             numbers = " ".join(str(block + 1) for block in blocks)
             parts.append((f"block{'s' * (size > 1)} {numbers}", blocks, timesteps))
     counts = sorted({max(1, len(timesteps) * tenth // 10) for tenth in range(1, 11)})
-    return parts + [(f"last {count} denoising step{'s' * (count > 1)}", range(number),
-                     timesteps[-count:]) for count in counts]
+    parts += [(f"last {count} denoising step{'s' * (count > 1)}", range(number),
+               timesteps[-count:]) for count in counts[:-1]]
+    return parts + [(EVERYTHING, range(number), timesteps)]
 
 
 def where(policy, other, tasks, scenes):
@@ -225,14 +233,14 @@ def shares(values):
     A share is the variance of the means over all else, as in an analysis of variance. "task x
     observation": what the task makes of the observation, beyond the sum of both.
     """
-    def explained(*axes):     # the mean over the other axes, and its variance over these
-        others = tuple({0, 1, 2} - set(axes))
-        return values.mean(others).var(tuple(range(len(axes)))).sum()
+    def variance_of_means(*kept):     # of the means over all axes but those kept
+        others = tuple({0, 1, 2} - set(kept))
+        return values.mean(others).var(tuple(range(len(kept)))).sum()
 
     whole = values.var((0, 1, 2)).sum()
-    task, timestep, observation = explained(0), explained(1), explained(2)
+    task, timestep, observation = map(variance_of_means, range(3))
     found = {"observation": observation, "timestep": timestep, "task": task,
-             "task x observation": explained(0, 2) - task - observation}
+             "task x observation": variance_of_means(0, 2) - task - observation}
     found = {name: float(value / whole) for name, value in found.items()}
     return found | {"rest": 1 - sum(found.values())}
 
@@ -240,9 +248,8 @@ def shares(values):
 def observations_on_the_way(result, obs_steps, number=64):
     """Observations (number, To, 5) of `number` scenes, each at another part of its way."""
     number = min(number, len(result["length"]))
-    every = np.arange(number)
-    time = result["length"][:number] * every // number + np.arange(1 - obs_steps, 1)[:, None]
-    return result["states"][np.maximum(time, 0), every].swapaxes(0, 1)
+    times = result["length"][:number] * np.arange(number) // number
+    return last_states(result["states"], times, obs_steps)
 
 
 def modulations(policies, result):
@@ -256,7 +263,8 @@ def modulations(policies, result):
     cells = [{"cell": f"block {r + 1}, {name}", "shares": shares(block[..., v, :])}
              for r, block in enumerate(blocks) for v, name in enumerate(names[block.shape[3]])]
     identity = policy.backbone.mechanism.identity[0]
-    return cells, [block[:, -1, :16, 0] - identity for block in blocks]     # of 16 scenes
+    # Gamma in the last denoising step, in 16 scenes.
+    return cells, [block[:, -1, :16, 0] - identity for block in blocks]
 
 
 def frames_of(policies, tasks, results):
@@ -273,7 +281,7 @@ def frames_of(policies, tasks, results):
     for number, (policy, task, result) in enumerate(zip(policies, tasks, results)):
         states, length = result["states"][:, scene], result["length"][scene]
         times = [*range(0, length, 5), *[length] * 4]
-        past = states[np.maximum(np.array(times)[:, None] + np.arange(1 - policy.obs_steps, 1), 0)]
+        past = last_states(result["states"][:, [scene] * len(times)], times, policy.obs_steps)
         _, goal = sim_pusht.TASKS[task]
         seen = sim_pusht.observe(past, policy.conditioning.encoder.observation, goal)
         strips = [(m[0] - identity)[..., ::4].reshape(len(times), -1)
@@ -327,7 +335,8 @@ def measure_seeds(seeds, scenes):
     for label, seed, folder, _ in compare.runs(RUNS, seeds):
         policies[seed][label] = DiffusionPolicy.load(folder / "policy.pt")
         commits.add(report.read(folder / "summary.json")["commit"])
-    measured = [measure_seed(policies[seed], policies[seed - 1], scenes) for seed in range(seeds)]
+    measured = [measure_seed(policies[seed], policies[seed - 1], scenes)     # of 0: the last one
+                for seed in range(seeds)]
     cells = [cell | {"seed": seed, "commit": ", ".join(sorted(commits))}
              for seed, (found, *_) in enumerate(measured) for cell in found]
     cells = [cell for kind in ("legs", "goals", "shares") for cell in cells if kind in cell]

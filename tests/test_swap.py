@@ -90,7 +90,7 @@ def test_parts_are_each_block_its_neighbours_and_the_last_steps(pair):
     every = list(range(90, -1, -10))
     assert parts["nothing"] == ([], []) and parts["block 2"] == ([1], every)
     assert parts["last 2 denoising steps"] == ([0, 1], [10, 0])
-    assert parts["last 10 denoising steps"] == ([0, 1], every) and "blocks 1 2" not in parts
+    assert parts[swap.EVERYTHING] == ([0, 1], every) and "blocks 1 2" not in parts
     assert len(parts) == 1 + 2 + 10
     ddpm = policy_for(sampling_steps=None)
     assert len(list(swap.parts_of(ddpm))) == 1 + 2 + 10
