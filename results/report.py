@@ -247,7 +247,7 @@ def draw(preset, cells, path):
             for axis, (name, each) in zip(panels, by_group.items()):
                 for recipe, group in each.items():
                     axis.plot(*curve(group), ".-", color=COLORS[recipe])
-                axis.set(title=name, xlabel="update of stage 2", xlim=(0, None), ylim=(0, 1))
+                axis.set(title=name, xlabel="updates with\ndemonstrations", xlim=(0, None), ylim=(0, 1))
             panels[0].set_ylabel("success on the way")
         figure.savefig(path, dpi=100)
 
