@@ -35,7 +35,7 @@ from results.evaluate import bounded, goals_of, tasks_of
 LEG = 300        # control steps that a leg may take
 WHERE = 200      # control steps with the modulations of two conditionings
 # Stage 1 knows no task: of one seed, the decoupled policies of `full` and `away` hold the same
-# head, bit for bit, and so do the two with a random one. (check_pair looks.) A row, as in
+# head, bit for bit, and their two policies with a random head share that. (check_pair looks.) A row, as in
 # compare.py: label | flags of train.py | what the paper has, which is nothing here.
 RUNS = compare.Preset("Can one see it?", """
     full, decoupled | --task full MLP --decoupled            | -
@@ -280,7 +280,7 @@ def frames_of(policies, tasks, results):
     frames = []
     for number, (policy, task, result) in enumerate(zip(policies, tasks, results)):
         states, length = result["states"][:, scene], result["length"][scene]
-        times = [*range(0, length, 5), *[length] * 4]
+        times = [*range(0, length, 5), *[length] * 4]     # the last one stays for a while
         past = last_states(result["states"][:, [scene] * len(times)], times, policy.obs_steps)
         _, goal = sim_pusht.TASKS[task]
         seen = sim_pusht.observe(past, policy.conditioning.encoder.observation, goal)
