@@ -128,7 +128,8 @@ def play_leg(policy, task, history, steps, generator, stops=True):
     first = [history]
 
     def act(past):
-        past = first.pop() if first else past     # sim_pusht.play would repeat the first state
+        # At first `past` is one state twice: sim_pusht.play does not know what was before.
+        past = first.pop() if first else past
         seen = sim_pusht.observe(past, policy.conditioning.encoder.observation, env.goal)
         return policy.act(seen, generator).cpu().numpy()
 
