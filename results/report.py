@@ -247,7 +247,8 @@ def draw(preset, cells, path):
             for axis, (name, each) in zip(panels, by_group.items()):
                 for recipe, group in each.items():
                     axis.plot(*curve(group), ".-", color=COLORS[recipe])
-                axis.set(title=name, xlabel="updates with\ndemonstrations", xlim=(0, None), ylim=(0, 1))
+                axis.set(title=textwrap.fill(name, 20), xlabel="updates with\ndemonstrations",
+                         xlim=(0, None), ylim=(0, 1))
             panels[0].set_ylabel("success on the way")
         figure.savefig(path, dpi=100)
 
@@ -339,5 +340,6 @@ def draw_front(cells, path):
         axis.plot([place] * len(group), [cell["success_rate"] for cell in group], "k.")
         axis.text(place, 0.03, f"{mean:.2f}", ha="center", fontsize=15, color="white")
     axis.set_xticks(range(len(FRONT)), FRONT.values())
-    axis.set(ylim=(0, 1), ylabel="success", title="DP-MLP: success in 200 scenes that were never shown")
+    axis.set(ylim=(0, 1), ylabel="success",
+             title="DP-MLP: success in 200 scenes that were never shown")
     figure.savefig(path, dpi=100)
