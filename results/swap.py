@@ -35,8 +35,8 @@ from results.evaluate import bounded, goals_of, tasks_of
 LEG = 300        # control steps that a leg may take
 WHERE = 200      # control steps with the modulations of two conditionings
 # Stage 1 knows no task: of one seed, the decoupled policies of `full` and `away` hold the same
-# head, bit for bit, and their two policies with a random head share that. (check_pair looks.) A row, as in
-# compare.py: label | flags of train.py | what the paper has, which is nothing here.
+# head, bit for bit, and their two policies with a random head share that. (check_pair looks.)
+# A row, as in compare.py: label | flags of train.py | what the paper has, which is nothing here.
 RUNS = compare.Preset("Can one see it?", """
     full, decoupled | --task full MLP --decoupled            | -
     away, decoupled | --task away MLP --decoupled            | -
