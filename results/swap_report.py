@@ -99,9 +99,12 @@ def draw_legs(figure, by_label):
 
 
 def draw_parts(figure, by_label):
-    """Score towards both goals: of 200 steps, few scenes succeed with a part of the modulations."""
+    """The score at both goals, not success: with a part of the modulations few scenes succeed.
+
+    Only single blocks; the table has neighbours as well.
+    """
     axes = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2))
-    for axis, word, title in zip(axes, ("block", "last"), ("block", "last denoising steps")):
+    for axis, word, title in zip(axes, ("block ", "last"), ("block", "last denoising steps")):
         labels = [label for label in by_label if label.startswith(("nothing", word, "all"))]
         for goal, name in enumerate(GOALS):
             means = [report.spread([cell["goals"][goal] for cell in by_label[label]], "score")
@@ -121,7 +124,7 @@ def draw_modulations(figure, blocks):
                     "Above the line: scenes with the first conditioning.\n"
                     "Below: the same scenes with the second.", fontsize=12)
     axes = figure.subplots(1, len(blocks), squeeze=False)[0]
-    limit = np.percentile(np.abs(blocks), 95)
+    limit = np.percentile(np.abs(np.concatenate([block.ravel() for block in blocks])), 95)
     for number, (axis, block) in enumerate(zip(axes, blocks)):
         order = np.argsort(block[1].mean(0) - block[0].mean(0))
         image = axis.imshow(np.concatenate(block)[:, order], cmap="coolwarm", aspect="auto",
