@@ -129,7 +129,7 @@ class CrossAttention(Mechanism):
     W_k and W_v, which read the tokens, belong to the backbone. Stage 1 trains them on tokens of
     joint angles, stage 2 freezes them. The tokens of stage 2 have to be understood by the same
     matrices. This is how the paper explains that the token mechanisms fail when the backbone is
-    frozen; our own measurements leave the cause open (results/README.md).
+    frozen; our own measurements leave the cause open (results/appendix.md).
     """
     tokens = True
 

@@ -6,8 +6,8 @@ observed: there is no camera and no block. The paper takes the angles of a 7-joi
 recorded demonstrations. Here an arm of three links moves at random over the PushT board.
 
 The speeds and turns of this motion imitate how targets move in PushT. But it does not matter much
-which motion it is: two quite different ones were as good (MOTIONS, and results/README.md, "Is free
-data good enough?").
+which motion it is: two quite different ones were as good (MOTIONS, and in results/ the answer to
+"Is free data good enough?").
 
 The paper's chain of modified Denavit-Hartenberg transforms (Eq. 5-7) becomes two sums in a plane.
 The direction of a link is the sum of all joint angles up to it, and the position of the tip is the
@@ -46,7 +46,7 @@ class Motion:
     bend: float = 0.1                # rad a step, standard deviation of a stroke's turn per step
 
 
-# "fast" and "smooth" do not imitate PushT. Stage 1 with them was as good: results/README.md.
+# "fast" and "smooth" do not imitate PushT. Stage 1 with them was as good.
 MOTIONS = {
     "arm": Motion(),
     "fast": Motion(push_speed=(18, 30), travel_speed=(25, 40)),

@@ -180,10 +180,12 @@ def split_at_markers(text, name):
 
 
 def insert(text, name):
-    """Put a table between its markers in results/README.md."""
-    readme = HERE / "README.md"
-    before, _, after = split_at_markers(readme.read_text(encoding="utf-8"), name)
-    readme.write_text(before + text + after, encoding="utf-8")
+    """Put a table between its markers in results/README.md, or in earlier.md until it is there."""
+    path = HERE / "earlier.md"
+    if f"<!-- {name} -->" not in path.read_text(encoding="utf-8"):
+        path = HERE / "README.md"
+    before, _, after = split_at_markers(path.read_text(encoding="utf-8"), name)
+    path.write_text(before + text + after, encoding="utf-8")
 
 
 def publish(name, preset, cells, out):

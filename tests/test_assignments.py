@@ -363,7 +363,8 @@ def test_a_starter_of_some_parts_shows_no_later_solution(tmp_path, capsys):
 
 def test_what_a_written_question_tells_to_read_is_in_the_starter(starter):
     text = (starter / "HANDOUT.md").read_text(encoding="utf-8")
-    assert handout.named_files(text) == ["results/README.md", "results/benchmark.txt"]
+    assert handout.named_files(text) == [
+        "results/README.md", "results/appendix.md", "results/benchmark.txt", "results/earlier.md"]
     assert re.findall(r"results/[\w.]+\.(?:md|txt)", text)
     assert all((starter / name).is_file() for name in re.findall(r"results/[\w.]+\.\w+", text))
     for test in handout.named_tests(text):

@@ -1,4 +1,4 @@
-"""README.md and results/README.md against the repository: tables, numbers, names, commands, code.
+"""README.md and the reports in results/ against the repository: numbers, names, commands, code.
 
 After new runs a test here names the number that the text has to be given.
 """
@@ -16,7 +16,10 @@ from results import compare, evaluate, report, swap, swap_report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = (ROOT / "results/README.md").read_text(encoding="utf-8")
+RESULTS, EARLIER, APPENDIX = [     # the second: questions whose runs are to be made again
+    (ROOT / f"results/{name}.md").read_text(encoding="utf-8")
+    for name in ("README", "earlier", "appendix")]
+REPORTS = RESULTS + "\n" + EARLIER
 # A question may be asked before its runs are made.
 ANSWERED = [name for name in compare.PRESETS if (ROOT / f"results/{name}.json").exists()]
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -26,12 +29,6 @@ FLAGS = {flag for parser in (train.make_parser(), evaluate.make_parser())
 
 def cells(preset):
     return report.read(ROOT / "results" / f"{preset}.json")["cells"]
-
-
-def waiting():
-    """The presets that the report names as still by earlier commits."""
-    _, found, named = RESULTS.split("\n## ")[0].partition("*Not yet made again*:")
-    return re.findall(r"`(\w+)`", named.partition(".")[0])
 
 
 def section(text, heading):
@@ -55,17 +52,17 @@ def anchor(heading):
 
 @pytest.mark.parametrize("preset", ANSWERED)
 def test_tables_are_those_of_the_result_files(preset):
-    _, shown, _ = report.split_at_markers(RESULTS, preset)
+    _, shown, _ = report.split_at_markers(REPORTS, preset)
     assert shown == report.table(compare.PRESETS[preset], cells(preset))
     assert shown == (ROOT / "results" / f"{preset}.md").read_text(encoding="utf-8")
 
 
 def test_every_question_has_its_section_with_table_and_figure():
     files = {path.stem for path in (ROOT / "results").glob("*.json")} - {"swap"}
-    sections = set(re.findall(r"<!-- /(\w+) -->", RESULTS)) - {"swap"}
+    sections = set(re.findall(r"<!-- /(\w+) -->", REPORTS)) - {"swap"}
     assert files == set(ANSWERED) <= sections <= set(compare.PRESETS)
     for name in ANSWERED:
-        text = section(RESULTS, compare.PRESETS[name].question)
+        text = section(REPORTS, compare.PRESETS[name].question)
         assert f"<!-- {name} -->" in text and f"]({name}.png)" in text
 
 
@@ -84,7 +81,7 @@ def test_every_error_in_a_verdict_is_that_of_a_row_or_of_a_difference_of_two(pre
     for key in ("success_rate", "score"):
         spreads = [report.spread(group, key) for group in by_label.values()]
         known += spreads + [(a - b, np.hypot(e, f)) for a, e in spreads for b, f in spreads]
-    text = section(RESULTS, compare.PRESETS[preset].question)
+    text = section(REPORTS, compare.PRESETS[preset].question)
     _, _, verdict = report.split_at_markers(text, preset)
     found = re.findall(r"([+-]?\d\.\d+)\s±\s(\d\.\d+)", verdict)
     for mean, error in found:
@@ -110,9 +107,7 @@ def test_what_to_expect_is_the_range_over_the_committed_seeds(task, place):
 def test_the_answers_are_those_of_the_result_files():
     """Here: "label mean ± error; ..." in %, at most two, the label shortened at its start."""
     presets = set()
-    for question, answer, here, _, name in rows(section(README, "Answers")):
-        preset = name.removesuffix(r"\*")
-        assert (preset != name) == (preset in waiting())     # to be made again
+    for question, answer, here, _, preset in rows(section(README, "Answers")):
         presets.add(preset)
         entries = report.groups(cells(preset))
         if preset == "swap":     # a row has three legs
@@ -128,17 +123,17 @@ def test_the_answers_are_those_of_the_result_files():
                 [name for name in spreads if name.endswith(label)]
             for text, value in zip(shown, spreads[full]):     # 0.9425 may be 94.2 or 94.3
                 assert abs(float(text) - 100 * value) < 0.051, f"{preset}: {full} is {spreads[full]}"
-        heading = re.search(r"results/README\.md#([\w-]+)\)", question).group(1)
-        asked = compare.PRESETS | {"swap": swap.RUNS}
-        assert heading == anchor(asked[preset].question)
+        heading = anchor((compare.PRESETS | {"swap": swap.RUNS})[preset].question)
+        file = "earlier" if f"<!-- {preset} -->" in EARLIER else "README"
+        assert f"(results/{file}.md#{heading})" in question
     measured = {"swap"} if (ROOT / "results/swap.json").exists() else set()
     assert presets == set(ANSWERED) | measured
 
 
 def test_rows_are_by_one_commit_with_three_seeds_and_a_command_each():
-    """But for the presets that the report itself names as not yet made again."""
-    (commit,) = re.findall(r"Runs are by\s+commit\s+`(\w{7})`", RESULTS)
-    for preset in {path.stem for path in (ROOT / "results").glob("*.json")} - set(waiting()):
+    """All that the report shows; what is to be made again stands in earlier.md."""
+    (commit,) = re.findall(r"runs are by\s+commit\s+`(\w{7})`", RESULTS)
+    for preset in re.findall(r"<!-- /(\w+) -->", RESULTS):
         found = report.groups(cells(preset))
         if preset in compare.PRESETS:
             assert set(found) <= {label for label, *_ in compare.PRESETS[preset].table()}
@@ -163,8 +158,9 @@ def test_the_command_line_says_every_default(command):
 
 
 
-@pytest.mark.parametrize("text, folder", [(README, ROOT), (RESULTS, ROOT / "results")])
-def test_files_and_anchors_that_are_linked_exist(text, folder):
+@pytest.mark.parametrize("text", [README, RESULTS, EARLIER, APPENDIX])
+def test_files_and_anchors_that_are_linked_exist(text):
+    folder = ROOT if text == README else ROOT / "results"
     links = re.findall(r"\]\((?!http)([^)]+)\)", text)
     assert links
     for link in links:
@@ -176,7 +172,7 @@ def test_files_and_anchors_that_are_linked_exist(text, folder):
             assert heading in map(anchor, headings), link
 
 
-@pytest.mark.parametrize("text", [README, RESULTS])
+@pytest.mark.parametrize("text", [README, RESULTS, EARLIER, APPENDIX])
 def test_modules_files_and_names_in_the_code_that_are_named_exist(text):
     for module in re.findall(r"python -m ([\w.]+)", text):
         path = ROOT / module.replace(".", "/")
@@ -233,5 +229,5 @@ def test_the_recipe_by_hand_runs_as_it_is_printed(monkeypatch, capsys):
 
 
 def test_the_questions_that_are_named_exist():
-    for name in re.findall(r"results\.compare (\w+)", README + RESULTS):
+    for name in re.findall(r"results\.compare (\w+)", README + REPORTS):
         assert name in compare.PRESETS or name == "NAME", name
