@@ -86,19 +86,19 @@ PRESETS = {
         """, ("normal", "decoupled", "random frozen"), task=""),
     "recipes": Preset("With every head?", """
         DP-MLP                            | MLP                 | 64.3 / 65.9 | 61.1 / 61.2 | - | -
-        DP-C                              | UNET          | 64.0 / 63.6 | 63.4 / 62.2 | - / 0.0 | -
+        DP-C                              | UNET                | 64.0 / 63.6 | 63.4 / 62.2 | - / 0.0 | -
         DP-T, cross-attention             | DPT cross-attention | 59.8 / 60.4 | 38.7 / 19.4 | - | -
         DP-T, FiLM                        | DPT film            | 58.6 / -    | 53.4 / -    | - | -
         """, ("normal", "decoupled", "random frozen", "unfrozen after stage 1")),
     "conditioning": Preset("Which mechanism survives?", """
-        film                                      | DPT film            | 59.5 | 51.8 | -
-        additive                                  | DPT additive        | 57.0 | 45.3 | x
-        adaln                                     | DPT adaln           | 62.0 | 62.3 | x
-        adarms                                    | DPT adarms          | 63.8 | 60.0 | x
-        adaln-zero                                | DPT adaln-zero      | 64.0 | 64.5 | x
-        cross-attention                           | DPT cross-attention | 61.3 | 19.8 | -
-        prefix, twice the updates                 | DPT prefix --steps 10000 | 56.3 | 19.5 | x
-        film on DP-MLP                            | MLP                 | -    | -    | -
+        film                      | DPT film                 | 59.5 | 51.8 | -
+        additive                  | DPT additive             | 57.0 | 45.3 | x
+        adaln                     | DPT adaln                | 62.0 | 62.3 | x
+        adarms                    | DPT adarms               | 63.8 | 60.0 | x
+        adaln-zero                | DPT adaln-zero           | 64.0 | 64.5 | x
+        cross-attention           | DPT cross-attention      | 61.3 | 19.8 | -
+        prefix, twice the updates | DPT prefix --steps 10000 | 56.3 | 19.5 | x
+        film on DP-MLP            | MLP                      | -    | -    | -
         """, ("normal", "decoupled", "decoupled, biases kept")),
     "source": Preset("Does the stage-1 signal matter?", """
         DP-MLP, joint angles           | MLP --decoupled                                | -
@@ -106,13 +106,13 @@ PRESETS = {
         DP-MLP, nothing                | MLP --decoupled --pretrain-condition none      | -
         DP-MLP, random frozen          | MLP --random-backbone                          | -
         DP-C, joint angles             | UNET --decoupled                               | 62.2
-        DP-C, poses                   | UNET --decoupled --pretrain-condition pose    | 62.2 to 63.8
-        DP-C, nothing                 | UNET --decoupled --pretrain-condition none    | 62.2 to 63.8
+        DP-C, poses                    | UNET --decoupled --pretrain-condition pose     | 62.2 to 63.8
+        DP-C, nothing                  | UNET --decoupled --pretrain-condition none     | 62.2 to 63.8
         DP-C, random frozen            | UNET --random-backbone                         | 0.0
         """),
     "data": Preset("Is free data good enough?", """
         arm motion                     | MLP --decoupled                                | -
-        the demonstrations' own paths | MLP --decoupled --pretrain-data demonstrations | 61.1 / 61.2
+        the demonstrations' own paths  | MLP --decoupled --pretrain-data demonstrations | 61.1 / 61.2
         too fast                       | MLP --decoupled --pretrain-data fast           | -
         too smooth                     | MLP --decoupled --pretrain-data smooth         | -
         1,500 demonstrations, normal   | MLP                                            | -

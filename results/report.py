@@ -246,12 +246,14 @@ def draw(preset, cells, path):
             upper.legend(legend.values(), legend, ncols=3, loc="outside lower center")
         if has_curves:
             panels = lower.subplots(1, len(by_group), sharey=True, squeeze=False)[0]
+            width = 80 // len(by_group)     # letters of a panel's title
             for axis, (name, each) in zip(panels, by_group.items()):
                 for recipe, group in each.items():
                     axis.plot(*curve(group), ".-", color=COLORS[recipe])
-                axis.set(title=textwrap.fill(name, 20), xlabel="updates with\ndemonstrations",
+                title = textwrap.fill(name, width, break_on_hyphens=False)
+                axis.set(title=title, xlabel="updates with\ndemonstrations",
                          xlim=(0, None), ylim=(0, 1))
-            panels[0].set_ylabel("success on the way")
+            panels[0].set_ylabel("success in training")
         figure.savefig(path, dpi=100)
 
 
@@ -280,7 +282,7 @@ def draw_bars(axis, by_group):
 
 
 def draw_changes(axis, by_group, preset):
-    """Decoupled minus normal: ours with its standard error, and the paper's. Returns the legend."""
+    """Decoupled minus normal, here with two standard errors, and in the paper. Returns the legend."""
     paper = {label: figure for label, _, figure in preset.table()}
     legend, y = {}, 0
     axis.axvline(0, color="0.5", lw=1)
@@ -291,9 +293,9 @@ def draw_changes(axis, by_group, preset):
             continue
         (normal, of_normal), (decoupled, of_decoupled) = (
             spread(each[recipe], "success_rate") for recipe in ("normal", "decoupled"))
-        legend["change, here"] = axis.errorbar(
+        legend["change, here ± 2 s.e."] = axis.errorbar(
             100 * (decoupled - normal), center, color="C1", fmt="o", capsize=3,
-            xerr=100 * np.hypot(of_normal, of_decoupled))
+            xerr=200 * np.hypot(of_normal, of_decoupled))
         theirs = change_in_paper(*(paper.get(f"{name}, {recipe}", "-")
                                    for recipe in ("normal", "decoupled")))
         if theirs is not None:
@@ -338,10 +340,10 @@ def draw_front(cells, path):
     for place, (recipe, name) in enumerate(FRONT.items()):
         group = [cell for cell in cells if cell["cell"] == f"full, {recipe}"]
         mean, error = spread(group, "success_rate")
-        axis.bar(place, mean, 0.6, yerr=error, capsize=6, color=COLORS[recipe])
-        axis.plot([place] * len(group), [cell["success_rate"] for cell in group], "k.")
-        axis.text(place, 0.03, f"{mean:.2f}", ha="center", fontsize=15, color="white")
+        axis.bar(place, 100 * mean, 0.6, yerr=100 * error, capsize=6, color=COLORS[recipe])
+        axis.plot([place] * len(group), [100 * cell["success_rate"] for cell in group], "k.")
+        axis.text(place, 3, f"{100 * mean:.0f} %", ha="center", fontsize=15, color="white")
     axis.set_xticks(range(len(FRONT)), FRONT.values())
-    axis.set(ylim=(0, 1), ylabel="success",
-             title="DP-MLP: success in 200 scenes that were never shown")
+    axis.set(ylim=(0, 100), ylabel="success in %",
+             title="DP-MLP in 200 scenes that no demonstration shows")
     figure.savefig(path, dpi=100)

@@ -99,10 +99,7 @@ def draw_legs(figure, by_label):
 
 
 def draw_parts(figure, by_label):
-    """The score at both goals, not success: with a part of the modulations few scenes succeed.
-
-    Only single blocks; the table has neighbours as well.
-    """
+    """The score at both goals, not success: with a part of the modulations few scenes succeed."""
     axes = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2))
     for axis, word, title in zip(axes, ("block ", "last"), ("block", "last denoising steps")):
         labels = [label for label in by_label if label.startswith(("nothing", word, "all"))]
@@ -115,7 +112,7 @@ def draw_parts(figure, by_label):
         axis.set_xticks(range(len(labels)), ["none", *numbers, "all"])
         axis.set(ylim=(0, 1), xlabel=title)
     axes[0].set_ylabel("score, 200 steps")
-    figure.suptitle("which part takes its modulations from the second", fontsize=12)
+    figure.suptitle("which part takes its modulations from the second conditioning", fontsize=12)
     figure.legend(*axes[1].get_legend_handles_labels(), ncols=2, loc="outside lower center")
 
 
