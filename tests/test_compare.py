@@ -286,7 +286,7 @@ def test_the_three_bars_are_of_the_three_recipes(tmp_path, figures):
     report.draw_front([cell(label, success) for label, success in labels.items()],
                       tmp_path / "front.png")
     bars = [bar.get_height() for bar in figures[0].axes[0].patches]
-    assert bars == pytest.approx([0.7, 0.6, 0.3])
+    assert bars == pytest.approx([70, 60, 30])     # %
 
 
 def test_a_curve_is_thinned_to_its_last_update(tmp_path):
