@@ -91,6 +91,18 @@ def test_every_error_in_a_verdict_is_that_of_a_row_or_of_a_difference_of_two(pre
                    for m, e in known), f"{mean} ± {error}"
 
 
+def test_the_lead_in_training_is_that_of_the_curves():
+    """After how many updates decoupled training solves how many scenes, and normal training."""
+    text = " ".join(section(RESULTS, "Does freezing cost success?").split())
+    updates, *shown = re.search(r"after ([\d,]+) updates with demonstrations of `full` it solves "
+                                r"(0\.\d+) of 50 scenes and normal training (0\.\d+)", text).groups()
+    by_label = report.groups(cells("main"))
+    for recipe, told in zip(("decoupled", "normal"), shown):
+        steps, success = report.curve(by_label[f"full, {recipe}"])
+        reached = success[steps.index(int(updates.replace(",", "")))]
+        assert reached == pytest.approx(float(told), abs=0.0051)
+
+
 @pytest.mark.parametrize("task, place", [("full", slice(0, 2)), ("near", slice(2, 4))])
 def test_what_to_expect_is_the_range_over_the_committed_seeds(task, place):
     """The quick start names four ranges: score and success of task full, then of task near."""
