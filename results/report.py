@@ -122,8 +122,8 @@ def spread(cells, key):
 
 
 def table(preset, cells):
-    """Markdown: a row for each label. The paper has a column if it has a figure for any of them."""
-    paper = {label: figure for label, _, figure in preset.table()}
+    """Markdown: a row for each label. The paper has a column if it has a number for any of them."""
+    paper = {label: value for label, _, value in preset.table()}
     columns = ["", "success, mean ± s.e.", "each seed", "score, mean ± s.e.",
                "trained / frozen parameters", "paper, other tasks"]
     tasks = [each["task"] for each in cells[0].get("tasks", [])]     # where there are several
@@ -283,7 +283,7 @@ def draw_bars(axis, by_group):
 
 def draw_changes(axis, by_group, preset):
     """Decoupled minus normal, here with two standard errors, and in the paper. Returns the legend."""
-    paper = {label: figure for label, _, figure in preset.table()}
+    paper = {label: value for label, _, value in preset.table()}
     legend, y = {}, 0
     axis.axvline(0, color="0.5", lw=1)
     for name, each in by_group.items():
