@@ -87,8 +87,8 @@ PRESETS = {
     "recipes": Preset("With every head?", """
         DP-MLP                            | MLP                 | 64.3 / 65.9 | 61.1 / 61.2 | - | -
         DP-C                              | UNET                | 64.0 / 63.6 | 63.4 / 62.2 | - / 0.0 | -
-        DP-T, cross-attention             | DPT cross-attention | 59.8 / 60.4 | 38.7 / 19.4 | - | -
-        DP-T, FiLM                        | DPT film            | 58.6 / -    | 53.4 / -    | - | -
+        DP-T, cross-attention             | DPT cross-attention | 59.8 / 60.4 | 38.7 / 19.4 | x | -
+        DP-T, FiLM                        | DPT film            | 58.6 / -    | 53.4 / -    | x | -
         """, ("normal", "decoupled", "random frozen", "unfrozen after stage 1")),
     "conditioning": Preset("Which mechanism survives?", """
         film                      | DPT film                 | 59.5 | 51.8 | -
