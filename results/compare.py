@@ -8,7 +8,8 @@
 
 A run has a folder of its own, runs/compare/<its flags>-seed<n>: presets share runs, and finished
 ones are skipped. Collecting writes results/<preset>.json, .md and .png, and the table between the
-preset's markers in results/README.md. What is in the .json and not in runs/ stays in there.
+preset's markers in results/README.md or earlier.md. What is in the .json and not in runs/ stays in
+there.
 """
 import argparse
 import itertools

@@ -180,7 +180,7 @@ def split_at_markers(text, name):
 
 
 def insert(text, name):
-    """Put a table between its markers in results/README.md, or in earlier.md until it is there."""
+    """Put a table between its markers, which are in results/earlier.md or in results/README.md."""
     path = HERE / "earlier.md"
     if f"<!-- {name} -->" not in path.read_text(encoding="utf-8"):
         path = HERE / "README.md"
